@@ -1,0 +1,455 @@
+"""AUROC of trained runs, mean and std over seeds, in tables beside the paper's.
+
+    python eval.py                          every run under runs/
+    python eval.py RUN_OR_FOLDER ...        these only
+    python eval.py --standardise test       reproduces the leak of the published code, and says so
+
+Reads each run folder's config.json and scores.csv (path,split,kind,label,s_hvq,s_mim,score: one row a validation and a
+test image; the path's first part is its category). Figures are fractions in the code and the JSON, percent in the
+tables. The paper's figures are in bench/reported_results.json.
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import InputError
+
+HEADER = ["path", "split", "kind", "label", "s_hvq", "s_mim", "score"]
+CONFIG = {"data": str, "rendered": bool, "category": str, "preset": str, "seed": int, "commit": str}
+NOT_SETTINGS = {*CONFIG, "device", "torch"}         # every other key of config.json is a setting of model or training
+LOCO_KINDS = {"logical_anomalies": "logical", "structural_anomalies": "structural"}
+MVTEC_AD = {"bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile",
+            "toothbrush", "transistor", "wood", "zipper"}
+DETECTORS = {"hvq": "HVQ alone", "mim": "MIM alone", "both": "both"}
+PERCENTILE = 95                                     # of the validation normals' scores: above it, an image is flagged
+REPORTED = Path(__file__).parent / "bench" / "reported_results.json"
+LEAKS = ("LEAKS: scores standardised with mean and std of the whole test set, anomalies included; to compare with the "
+         "published code, never to report")
+PROTOCOL = ("Our protocol: {}; the last epoch, not the best on the test set; an AUROC under 50 is shown as it is; ± is "
+            "the sample std over seeds. LADMIM's published code standardises over the whole test set and flips AUROCs "
+            "under 50. Reported rows are the paper's figures, as printed.")
+STANDARDISED = "scores standardised with mean and population std of the validation normals only"
+
+
+def auroc(labels, scores) -> float:
+    """Probability that an anomaly scores above a normal image, a tie counting half: Mann-Whitney's U / (n1 · n0).
+
+    labels (n,) 0 normal, 1 anomaly; scores (n,), higher is more anomalous. Exact in float64, O(n log n).
+    Raises InputError where there is no such figure: one class only, a NaN, lengths that differ.
+    """
+    labels, scores = np.ravel(labels), np.asarray(scores, np.float64).ravel()
+    if len(labels) != len(scores):
+        raise InputError(f"AUROC needs a score for every label: {len(labels)} labels, {len(scores)} scores")
+    if not np.isin(labels, (0, 1)).all():
+        raise InputError("AUROC needs labels of 0 (normal) and 1 (anomaly)")
+    if np.isnan(scores).any():
+        raise InputError(f"AUROC is undefined: {np.isnan(scores).sum()} of {len(scores)} scores are NaN")
+    positive = labels.astype(bool)
+    n1, n0 = int(positive.sum()), int((~positive).sum())
+    if not n1 or not n0:
+        raise InputError(f"AUROC needs both classes: {n0} normal images, {n1} anomalies")
+    _, value, count = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = np.cumsum(count) - (count - 1) / 2       # of each distinct value, from 1; ties share the mean of their ranks
+    u = rank[value.ravel()][positive].sum() - n1 * (n1 + 1) / 2
+    return float(u / (n1 * n0))
+
+
+# Reading runs
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder: its settings and the scores of n validation and test images."""
+    folder: Path
+    config: dict
+    category: np.ndarray                            # (n,) str
+    kind: np.ndarray                                # (n,) str
+    test: np.ndarray                                # (n,) bool, False: validation
+    s_hvq: np.ndarray                               # (n,) float64
+    s_mim: np.ndarray                               # (n,) float64
+
+
+def find_runs(folders: list[Path]) -> list[Path]:
+    """Run folders at or under the given ones, unfinished and broken ones too."""
+    found = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; name a run or a folder of runs")
+        for name in ("config.json", "checkpoint.pt", "scores.csv"):
+            found.update({file.parent.resolve(): file.parent for file in folder.rglob(name)})
+    return sorted(found.values())
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} can't be read ({error}): train the run again") from None
+
+
+def read_config(file: Path) -> dict:
+    try:
+        config = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is not JSON ({error}): train the run again") from None
+    for key, kind in CONFIG.items():
+        if not isinstance(config, dict) or not isinstance(config.get(key), kind):
+            raise InputError(f"{file} has no valid {key!r}: train the run again")
+    return config
+
+
+def read_scores(file: Path) -> list[tuple]:
+    """scores.csv -> rows (category, kind, is test, s_hvq, s_mim), each checked."""
+    text, rows, paths = read_text(file), [], set()
+    try:
+        lines = list(csv.reader(io.StringIO(text)))
+    except csv.Error:
+        lines = []
+    if lines[:1] != [HEADER] or len(lines) < 2 or not text.endswith("\n"):
+        raise InputError(f"{file} is truncated or no table of {','.join(HEADER)}: train the run again")
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            path, split, kind, label, *scores = line
+            s_hvq, s_mim, _ = scores = [float(s) for s in scores]
+        except ValueError:
+            raise InputError(f"{file}, line {number} is truncated or not {','.join(HEADER)}") from None
+        if not all(map(math.isfinite, scores)):
+            raise InputError(f"{file}, line {number} holds a score that is NaN or infinite")
+        if split not in ("validation", "test") or label != str(int(kind != "good")) or "/" not in path or path in paths:
+            raise InputError(f"{file}, line {number}: split, kind, label or path is wrong, or the path a repeat")
+        paths.add(path)
+        rows.append((path.split("/")[0], kind, split == "test", s_hvq, s_mim))
+    return rows
+
+
+def read_run(folder: Path) -> Run:
+    config = read_config(folder / "config.json")
+    if not (folder / "scores.csv").exists():
+        raise InputError(f"{folder} is unfinished, it has no scores.csv yet: finish it with the command that began it")
+    return Run(folder, config, *map(np.array, zip(*read_scores(folder / "scores.csv"))))
+
+
+# Scoring one category of one run
+
+def standardise(s, reference):
+    """s (n,), reference (m,) -> (s − mean) / std, mean and std of the reference; a floor of 1 % of the mean keeps one
+    lone photo, or several alike, from dividing by 0."""
+    mean, std = reference.mean(), reference.std()
+    return (s - mean) / max(std, 0.01 * abs(mean), 1e-12)
+
+
+def anomaly_groups(kinds) -> dict[str, list[str]]:
+    """The test split's kinds -> the anomalies behind each AUROC: LOCO's two kinds or, where defects have other names,
+    "image" (all of them) and each by its own name."""
+    anomalies = sorted(set(kinds) - {"good"})
+    if set(anomalies) <= set(LOCO_KINDS):
+        return {LOCO_KINDS[kind]: [kind] for kind in anomalies}
+    return {"image": anomalies, **{kind: [kind] for kind in anomalies}}
+
+
+def evaluate(run: Run, category: str, over: str = "validation") -> dict:
+    """One category of a run -> its record: who it is, each detector's AUROCs, error rates at the threshold.
+
+    over: "validation", or "test" for the leak: the split whose mean and std standardise the two scores.
+    """
+    test, normals = ((run.category == category) & part for part in (run.test, ~run.test & (run.kind == "good")))
+    good = run.kind[test] == "good"
+    if not normals.any():
+        raise InputError(f"{run.folder}: {category} has no validation normals to standardise scores with")
+    if good.all() or not good.any():
+        raise InputError(f"{run.folder}: no AUROC for {category}, whose test split has {good.sum()} good images and "
+                         f"{(~good).sum()} anomalies")
+    reference = test if over == "test" else normals
+    both = standardise(run.s_hvq, run.s_hvq[reference]) + standardise(run.s_mim, run.s_mim[reference])
+    groups = anomaly_groups(run.kind[test])
+    record = {**{key: run.config[key] for key in CONFIG}, "run": str(run.folder), "category": category,
+              "commit": run.config["commit"] or "unknown",
+              "trained on": "each alone" if run.config["category"] == category else run.config["category"],
+              "settings": {key: value for key, value in run.config.items() if key not in NOT_SETTINGS},
+              "images": {kind: int((run.kind[test] == kind).sum()) for kind in sorted(set(run.kind[test]))},
+              "columns": ("image",) if "image" in groups else ("logical", "structural", "average"), "missed": {}}
+    flagged = both[test] > np.percentile(both[normals], PERCENTILE)
+    record["false alarms"] = {"good": float(flagged[good].mean())}
+    for detector, s in {"hvq": run.s_hvq[test], "mim": run.s_mim[test], "both": both[test]}.items():
+        record[detector] = {}
+        for name, kinds in groups.items():
+            anomalies = np.isin(run.kind[test], kinds)
+            record["missed"][name] = float((~flagged[anomalies]).mean())
+            record[detector][name] = auroc(anomalies[good | anomalies], s[good | anomalies])
+        if {"logical", "structural"} <= groups.keys():
+            record[detector]["average"] = (record[detector]["logical"] + record[detector]["structural"]) / 2
+    return record
+
+
+def evaluate_runs(folders: list[Path], over: str = "validation") -> tuple[list[dict], list[str]]:
+    """Run folders -> records, and a line on each run, or category of one, that could not be scored."""
+    records, problems = [], []
+    for folder in folders:
+        try:
+            run = read_run(folder)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        for category in sorted(set(run.category.tolist())):
+            try:
+                records.append(evaluate(run, category, over))
+            except InputError as error:
+                problems.append(str(error))
+    return records, problems
+
+
+# Means over seeds and categories
+
+GROUP = ("preset", "commit", "trained on")          # runs of one data set that agree in these differ in seed only
+
+
+def grouped(records: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    groups = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return dict(sorted(groups.items()))
+
+
+def tell_apart(records: list[dict]) -> tuple[list[dict], list[str]]:
+    """Keeps ablations from passing for seeds: settings that differ between runs of one category, preset and commit join
+    the preset's name. Returns the records without those that repeat a seed, and a line on each of these."""
+    for same in grouped(records, "data", "rendered", *GROUP).values():
+        differ = set()
+        for rs in grouped(same, "category").values():
+            keys = set().union(*(r["settings"] for r in rs))
+            differ |= {key for key in keys if len({repr(r["settings"].get(key)) for r in rs}) > 1}
+        for record in same:
+            record["preset"] += "".join(f" {key}={record['settings'].get(key)}" for key in sorted(differ))
+    kept, left_out = [], []
+    for first, *repeats in grouped(records, "data", "rendered", *GROUP, "category", "seed").values():
+        kept.append(first)
+        left_out += [f"{r['run']} is left out: {r['category']}, seed and settings of {first['run']}" for r in repeats]
+    return kept, left_out
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure in a table: mean, sample std over seeds (None: there is none), number of seeds (None: unknown)."""
+    mean: float
+    std: float | None = None
+    seeds: int | None = None
+
+
+def spread(records: list[dict], part: str, name: str) -> Spread | None:
+    """Mean of record[part][name] over seeds and categories; std of each seed's mean over categories.
+
+    With one seed there is no std, nor where categories don't share their seeds: it would mix the two. Where a record
+    lacks the figure there is none at all.
+    """
+    if not records or any(name not in record[part] for record in records):
+        return None
+    by_category = [{r["seed"]: r[part][name] for r in rs} for rs in grouped(records, "category").values()]
+    if any(values.keys() != by_category[0].keys() for values in by_category):
+        return Spread(float(np.mean([np.mean(list(values.values())) for values in by_category])))
+    per_seed = np.mean([[values[seed] for seed in by_category[0]] for values in by_category], axis=0)     # (seeds,)
+    return Spread(float(per_seed.mean()), float(per_seed.std(ddof=1)) if len(per_seed) > 1 else None, len(per_seed))
+
+
+def seeds(records: list[dict]) -> str:
+    return str(spread(records, "false alarms", "good").seeds or "not shared")
+
+
+# Tables: (title, header, rows). A cell is text, a Spread, a list of Spreads or None.
+
+def result_rows(records, columns):
+    """A row a category and group, a cell a (part, name) of columns; then each group's mean over categories."""
+    def row(label, group, rs):
+        return [label, *group, seeds(rs), *(spread(rs, *column) for column in columns)]
+
+    means = [(group, rs) for group, rs in grouped(records, *GROUP).items() if len(grouped(rs, "category")) > 1]
+    return ([row(category, group, rs) for (category, *group), rs in grouped(records, "category", *GROUP).items()]
+            + [row(f"mean of {len(grouped(rs, 'category'))}", group, rs) for group, rs in means])
+
+
+def defect_rows(records):
+    return [[category, defect, *group, seeds(rs), spread(rs, "both", defect), spread(rs, "missed", defect)]
+            for (category, *group), rs in grouped(records, "category", *GROUP).items()
+            for defect in rs[0]["missed"] if defect != "image"]
+
+
+def scoring_rows(records, columns):
+    """Table 5: each detector alone and both, mean over the records' categories."""
+    return [[label, *(spread(records, detector, name) for name in columns)] for detector, label in DETECTORS.items()]
+
+
+def reported(figures: dict, system: str) -> Spread:
+    std = figures.get(f"{system}_std")
+    return Spread(figures[system] / 100, None if std is None else std / 100)
+
+
+def systems(figures: dict) -> list[str]:
+    """The systems that the paper reports, its own first."""
+    return sorted((name for name in figures if not name.endswith("_std")), key=lambda name: name != "LADMIM")
+
+
+def beside_rows(records, table, categories):
+    """Table 2 or 3, ours on top: cells [logical, structural] a category and their mean, then overall. Ours has means
+    only where it has all categories: fewer don't compare."""
+    rows, kinds = [], ("logical", "structural")
+    for group, rs in grouped([r for r in records if r["category"] in categories], *GROUP).items():
+        cells = [[r for r in rs if r["category"] == category] for category in categories]
+        cells.append(rs if all(cells) else [])
+        rows.append([f"ours, {', '.join(group)}, seeds: {seeds(rs)}",
+                     *([spread(cell, "both", kind) for kind in kinds] if cell else None for cell in cells),
+                     spread(cells[-1], "both", "average")])
+    return rows + [[f"{system}, reported", *([reported(table[kind][c], system) for kind in kinds]
+                                             for c in [*categories, "average"]), reported(table["overall"], system)]
+                   for system in systems(table["overall"])]
+
+
+def loco_tables(records, title, paper):
+    """The paper's Tables 5, 2 and 3. Where our data is rendered, not MVTec's, its rows stand in tables of their own."""
+    rendered, categories, columns = records[0]["rendered"], paper["categories"], ("structural", "logical", "average")
+    header = ["scoring", *GROUP, "seeds", *columns]
+    scoring = [[label, *group, seeds(rs), *cells] for group, rs in grouped(records, *GROUP).items()
+               for label, *cells in scoring_rows(rs, columns)]
+    theirs = [[f"{DETECTORS[detector]}, reported", *"––––", *(reported(figures, name) for name in columns)]
+              for detector, figures in zip(DETECTORS, paper["table5_scoring_ablation"].values())]
+    ours = f"{title}: AUROC %, detectors alone and together (Table 5), mean over categories"
+    if not {r["category"] for r in records} & set(categories):
+        return [(ours, header, scoring)]
+    reference = "REFERENCE ONLY, not comparable with rendered data: reported on MVTec's photos" if rendered else title
+    tables = [(ours, header, scoring), (f"{reference}: Table 5", header, theirs)] if rendered else \
+        [(ours, header, scoring + theirs)]
+    for name, key, multi in (("Table 2, one model a category", "table2_single_class", False),
+                             ("Table 3, one model for all", "table3_multi_class", True)):
+        rs = [r for r in records if (r["trained on"] != "each alone") == multi]
+        if rs:
+            tables.append((f"{reference}: {name}, AUROC % logical / structural",
+                           ["system", *categories, "mean", "overall"],
+                           beside_rows([] if rendered else rs, paper[key], categories)))
+    return tables
+
+
+def mvtec_ad_tables(records, title, paper):
+    """The paper's Table 4, for MVTec AD's categories."""
+    if records[0]["rendered"] or not {r["category"] for r in records} <= MVTEC_AD:
+        return []
+    rows = [[f"ours, {', '.join(group)}, seeds: {seeds(rs)}", f"{len(grouped(rs, 'category'))} of 15",
+             spread(rs, "both", "image")] for group, rs in grouped(records, *GROUP).items()]
+    figures = paper["table4_mvtec_ad_average"]
+    rows += [[f"{system}, reported", "15 of 15", reported(figures, system)] for system in systems(figures)]
+    return [(f"{title}: Table 4, MVTec AD", ["system", "categories", "image AUROC %"], rows)]
+
+
+def data_title(record: dict) -> str:
+    return f"{record['data']} (rendered twin, not MVTec's photos)" if record["rendered"] else record["data"]
+
+
+def all_tables(records: list[dict]) -> list[tuple]:
+    """Every table, data set by data set: rendered data and photos, LOCO's kinds and other defects never share one."""
+    paper, tables = json.loads(REPORTED.read_text(encoding="utf-8")), []
+    for (_, _, columns), rs in grouped(records, "data", "rendered", "columns").items():
+        title, key, loco = data_title(rs[0]), ["category", *GROUP, "seeds"], len(columns) > 1
+        missed = [name for name in columns if name != "average"]
+        tables.append((f"{title}: AUROC %", key + list(columns), result_rows(rs, [("both", name) for name in columns])))
+        if not loco:
+            tables.append((f"{title}: by defect", ["category", "defect", *key[1:], "AUROC %", "missed %"],
+                           defect_rows(rs)))
+        tables += (loco_tables if loco else mvtec_ad_tables)(rs, title, paper)
+        tables.append((f"{title}: errors % at the {PERCENTILE}th percentile of the validation normals' scores",
+                       key + ["false alarms", *(f"missed {name}" for name in missed)],
+                       result_rows(rs, [("false alarms", "good"), *(("missed", name) for name in missed)])))
+    return tables
+
+
+def cell_text(cell) -> str:
+    if isinstance(cell, list):
+        return " / ".join(map(cell_text, cell))
+    if isinstance(cell, Spread):
+        return f"{100 * cell.mean:.1f}" + ("" if cell.std is None else f" ± {100 * cell.std:.1f}")
+    return "–" if cell is None else cell
+
+
+def markdown(title: str, header: list, rows: list, banner: str = "") -> str:
+    lines = [list(map(cell_text, row)) for row in [header, *rows]]
+    width = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * w for w in width])
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |" for line in lines]
+    return "\n".join([f"## {title}", "", *([f"**{banner}**", ""] if banner else []), *lines])
+
+
+def run_table(run_dir) -> str:
+    """One run in Markdown: each detector alone and both, category by category; a line on each that can't be scored."""
+    records, problems = evaluate_runs([Path(run_dir)])
+    if not records:
+        return "\n".join(problems)
+    columns = list(dict.fromkeys(name for r in records for name in r["columns"]))
+    rows = [[r["category"], *row] for r in records for row in scoring_rows([r], columns)]
+    if len(records) > 1:
+        rows += [[f"mean of {len(records)}", *row] for row in scoring_rows(records, columns)]
+    title = f"{data_title(records[0])}, {Path(run_dir).name}: AUROC %"
+    return "\n".join([markdown(title, ["category", "scoring", *columns], rows), *problems])
+
+
+# Command line
+
+def write_json(file: Path, report: dict) -> None:
+    """Replaces an earlier report; refuses to write over anything else."""
+    text = json.dumps({"made_by": "eval.py", **report}, indent=1, default=asdict)
+    try:
+        if file.exists() and not file.read_bytes().startswith(text[:text.index(",")].encode()):
+            raise InputError(f"--json {file} exists and is no report of eval.py: name another file")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(file.name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise InputError(f"--json {file} can't be written ({error}): name another file") from None
+
+
+def refuse(message: str):
+    raise InputError(message)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="AUROC of trained runs beside the paper's, in Markdown and JSON.")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="RUN_OR_FOLDER", help="default: every run under --runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+    parser.add_argument("--standardise", choices=("validation", "test"), default="validation",
+                        help="split that standardises the scores; test leaks, and every table says so")
+    parser.add_argument("--json", type=Path, help="default: eval.json in the folder of runs")
+    parser.error = refuse                           # one line and exit code 2, like every other error
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    try:
+        args = parse(argv)
+        folders = find_runs(args.paths or ([args.runs] if args.runs.exists() else []))
+        if not folders:
+            raise InputError(f"no runs under {', '.join(map(str, args.paths or [args.runs]))}: make one with "
+                             "`python ladmim.py train --category breakfast_box`")
+        records, problems = evaluate_runs(folders, args.standardise)
+        records, repeats = tell_apart(records)
+        problems, tables = problems + repeats, all_tables(records)
+        banner = LEAKS if args.standardise == "test" else ""
+        write_json(args.json or args.runs / "eval.json", {
+            "standardise": args.standardise, "problems": problems, "records": records,
+            "tables": [dict(zip(("banner", "title", "header", "rows"), (banner, *table))) for table in tables]})
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if tables:
+        print("\n\n".join([PROTOCOL.format(banner or STANDARDISED), *(markdown(*table, banner) for table in tables)]))
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,914 @@
+"""LADMIM: logical anomaly detection with masked image modeling, in one file.
+
+Trained on photos of good products only, two detectors share one set of frozen features:
+
+  HVQ-Trans  rebuilds the features from discrete codes; what it cannot rebuild is broken      (structural anomalies)
+  ViT        predicts the histogram of codes in a masked region from what is around it; where
+             the histogram is another, the arrangement is wrong                               (logical anomalies)
+
+Read it top to bottom: configuration, backbone, HVQ-Trans, masks, ViT, training, scoring, command line.
+Equation numbers are the paper's. B images, N = 24*24 = 576 tokens, d0 = 384 channels, L = 4 levels, K = 512 codes a
+level, M = 64 masks an image at scoring.
+
+    python ladmim.py train --category breakfast_box
+    python ladmim.py predict IMAGE_OR_FOLDER... --run RUN
+"""
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import eval as evaluation
+from data import InputError
+from kernels import histogram_l1, nearest_code
+
+FORMAT = 1                                           # of checkpoint.pt
+HERE = Path(__file__).resolve().parent
+
+
+# Configuration
+
+def choice(default, *options):
+    return field(default=default, metadata={"options": options})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. The defaults are the `paper` preset; each field is an option of `train`."""
+    image_size: int = 224
+    grid: int = 24                                   # tokens a side; N = grid ** 2
+    pdn: str = "weights/pdn_small.pt"                # a file of PDN weights, or "random" as the control
+
+    levels: int = 4                                  # L
+    codes: int = 512                                 # K
+    code_dim: int = 64                               # dq
+    hvq_width: int = 256                             # d
+    hvq_heads: int = 8
+    hvq_dropout: float = 0.1
+    codebook: str = choice("gradient", "gradient", "ema")
+    commitment: float = 0.25                         # weight of the commitment term in equation 7
+    hvq_epochs: int = 1000
+    hvq_batch: int = 16
+    hvq_lr: float = 1e-4
+    hvq_score: str = choice("mean", "mean", "max")
+
+    mim_width: int = 512
+    mim_blocks: int = 4
+    mim_heads: int = 8
+    mim_dropout: float = 0.1                         # of the attention weights
+    mim_epochs: int = 500
+    mim_warmup: int = 40                             # epochs
+    mim_batch: int = 32
+    mim_lr: float = 1e-4
+
+    mask: str = choice("block", "block", "random", "checkerboard")
+    train_ratio: float = 130 / 576                   # share of the tokens that a training mask hides
+    train_block: float = 46 / 576                    # least share of one block
+    score_ratio: float = 230 / 576
+    score_block: float = 92 / 576
+    masks: int = 64                                  # M
+
+
+PRESETS = {
+    "paper": {},
+    "fast": dict(hvq_epochs=200, hvq_lr=4e-4, mim_epochs=150, mim_warmup=10, mim_lr=3e-4, hvq_score="max"),
+    "tiny": dict(grid=12, codes=128, code_dim=32, hvq_width=128, hvq_heads=4, hvq_dropout=0.0, hvq_epochs=60, hvq_lr=1e-3,
+                 mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0, mim_epochs=60, mim_warmup=4, mim_lr=1e-3, masks=32,
+                 hvq_score="max"),
+}
+
+
+# Backbone
+
+def build_pdn(size: str) -> nn.Sequential:
+    """Patch Description Network of EfficientAD, without padding: (B, 3, 224, 224) -> (B, 384, 48, 48). Receptive field
+    33 pixels, stride 4."""
+    conv, relu, pool = nn.Conv2d, nn.ReLU, nn.AvgPool2d
+    if size == "small":
+        return nn.Sequential(conv(3, 128, 4), relu(), pool(2), conv(128, 256, 4), relu(), pool(2),
+                             conv(256, 256, 3), relu(), conv(256, 384, 4))
+    return nn.Sequential(conv(3, 256, 4), relu(), pool(2), conv(256, 512, 4), relu(), pool(2), conv(512, 512, 1), relu(),
+                         conv(512, 512, 3), relu(), conv(512, 384, 4), relu(), conv(384, 384, 1))
+
+
+def pdn_from_state(state: dict, name: str) -> tuple[nn.Sequential, str]:
+    """Builds the PDN whose weights `state` holds, and says which it found. Both published formats are read: the plain
+    Sequential keys of EfficientAD's teachers ("0.weight") and named layers ("conv1.weight")."""
+    layers = sorted({k.rsplit(".", 1)[0] for k in state if torch.is_tensor(state[k])},
+                    key=lambda k: int("".join(filter(str.isdigit, k)) or 0))
+    found = [tuple(state[f"{k}.weight"].shape) if f"{k}.weight" in state else None for k in layers]
+    for size in ("small", "medium"):
+        pdn = build_pdn(size)
+        convs = [m for m in pdn if isinstance(m, nn.Conv2d)]
+        if found == [tuple(c.weight.shape) for c in convs]:
+            for conv, key in zip(convs, layers):
+                conv.weight.data.copy_(state[f"{key}.weight"])
+                conv.bias.data.copy_(state[f"{key}.bias"])
+            kind = "named layers" if layers[0].startswith("conv") else "plain Sequential keys"
+            return pdn.eval().requires_grad_(False), f"PDN {size}, {kind}"
+    raise InputError(f"--pdn {name}: holds no PDN small or medium (layers found: {', '.join(layers[:8]) or 'none'}); "
+                     "give a state dict of EfficientAD's teacher, or leave the option out for the shipped weights")
+
+
+def load_pdn(name: str, seed: int) -> tuple[nn.Sequential, str]:
+    """name: file or "random". Returns the frozen PDN in float32 and its description."""
+    if name == "random":
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return build_pdn("small").eval().requires_grad_(False), "PDN small, random weights (control)"
+    path = Path(name) if Path(name).exists() else HERE / name
+    if not path.is_file():
+        raise InputError(f"--pdn {name}: no such file; leave the option out for the shipped weights")
+    state = load_file(path, f"--pdn {name}")
+    pdn, kind = pdn_from_state(state if isinstance(state, dict) else {}, name)
+    return pdn, f"{kind}, from {name}"
+
+
+def load_file(path: Path, name: str):
+    """torch.load of tensors and plain values only, with one line for whatever is wrong with the file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from None
+    except Exception:                                # torch.load raises a different class for each kind of damage
+        raise InputError(f"{name}: not a file of PyTorch weights, or truncated") from None
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@torch.inference_mode()
+def extract(pdn: nn.Module, images: torch.Tensor, grid: int) -> torch.Tensor:
+    """images (B, H, W, 3) uint8 -> h0 before standardisation (B, N, d0) float32, N = grid ** 2."""
+    x = images.permute(0, 3, 1, 2).float().div_(255)
+    x = (x - x.new_tensor(IMAGENET_MEAN)[:, None, None]) / x.new_tensor(IMAGENET_STD)[:, None, None]
+    x = pdn(x.contiguous(memory_format=torch.channels_last))                      # (B, d0, 48, 48)
+    return F.avg_pool2d(x, x.shape[-1] // grid).flatten(2).transpose(1, 2)        # (B, N, d0)
+
+
+# Transformer blocks
+
+class Attention(nn.Module):
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+
+    def forward(self, x, context):
+        """x (B, n, d) asks, context (B, m, d) answers -> (B, n, d)."""
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, n or m, d / heads)
+                   for t in (self.q(x), *self.kv(context).chunk(2, -1)))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def feed_forward(width):
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. attention_dropout acts on the attention weights, dropout on each residual branch."""
+
+    def __init__(self, width, heads, attention_dropout=0.0, dropout=0.0):
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads, attention_dropout)
+        self.ffn, self.drop = feed_forward(width), nn.Dropout(dropout)
+
+    def forward(self, x, first: int | None = None):
+        """x (B, N, d) -> (B, N, d). With `first` = n, keys and values come from all tokens, but only the first n tokens
+        ask and leave the block: (B, n, d), equal to the full output's first n."""
+        y = self.norm(x)
+        x = x[:, :first] + self.drop(self.attention(y[:, :first], y))
+        return x + self.drop(self.ffn(x))
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention, cross-attention to the codes of one level, feed-forward; all residual."""
+
+    def __init__(self, width, heads, dropout):
+        super().__init__()
+        self.norm1, self.self_attention = nn.LayerNorm(width), Attention(width, heads, dropout)
+        self.norm2, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, dropout)
+        self.ffn, self.drop = feed_forward(width), nn.Dropout(dropout)
+
+    def forward(self, x, z):
+        """x (B, N, d), z (B, N, d) the level's codes -> (B, N, d)."""
+        y = self.norm1(x)
+        x = x + self.drop(self.self_attention(y, y))
+        x = x + self.drop(self.cross_attention(self.norm2(x), z))
+        return x + self.drop(self.ffn(x))
+
+
+# HVQ-Trans
+
+class HVQ(nn.Module):
+    """Hierarchical vector-quantised transformer: the tokenizer and the structural detector. Level l of the paper is
+    index l - 1 here."""
+
+    def __init__(self, cfg: Config, d0: int):
+        super().__init__()
+        n, d, dq = cfg.grid ** 2, cfg.hvq_width, cfg.code_dim
+        self.levels, self.ema, self.commitment = cfg.levels, cfg.codebook == "ema", cfg.commitment
+        self.embed = nn.Linear(d0, d)
+        self.positions = nn.Parameter(0.02 * torch.randn(n, d))
+        self.encoder = nn.ModuleList(Block(d, cfg.hvq_heads, cfg.hvq_dropout, cfg.hvq_dropout) for _ in range(cfg.levels))
+        self.psi = nn.ModuleList(nn.Linear(d if top else d + dq, dq)
+                                 for top in [level == cfg.levels - 1 for level in range(cfg.levels)])
+        self.codebooks = nn.Parameter(torch.randn(cfg.levels, cfg.codes, dq), requires_grad=not self.ema)  # b^l_j
+        self.query, self.query_positions = nn.Linear(dq, d), nn.Parameter(0.02 * torch.randn(n, d))
+        self.lift = nn.ModuleList(nn.Linear(dq, d) for _ in range(cfg.levels))
+        self.decoder = nn.ModuleList(DecoderBlock(d, cfg.hvq_heads, cfg.hvq_dropout) for _ in range(cfg.levels))
+        self.out = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d0))
+        # How often each code was used since the last look, and the running sums of the EMA codebook.
+        self.register_buffer("used", torch.zeros(cfg.levels, cfg.codes))
+        self.register_buffer("ema_count", torch.zeros(cfg.levels, cfg.codes))
+        self.register_buffer("ema_sum", torch.zeros(cfg.levels, cfg.codes, dq))
+
+    def encode(self, h0):
+        """h0 (B, N, d0) -> [h^1 .. h^L], each (B, N, d)."""
+        x, h = self.embed(h0) + self.positions, []
+        for block in self.encoder:
+            x = block(x)
+            h.append(x)
+        return h
+
+    def quantise(self, h):
+        """Equations 3 and 4, the top level first: every other level sees its own h^l and z^L.
+        Returns psi (L lists of (B, N, dq)), z likewise with straight-through gradients, and the codes i (B, L, N)."""
+        top = self.levels - 1
+        psi, z, codes = [None] * self.levels, [None] * self.levels, [None] * self.levels
+        for level in (top, *range(top)):
+            psi[level] = self.psi[level](h[level] if level == top else torch.cat([h[level], z[top]], -1))
+            flat = psi[level].detach().float().flatten(0, 1)                      # (B*N, dq)
+            index, _ = nearest_code(flat, self.codebooks[level].detach().float())
+            codes[level] = index.view(psi[level].shape[:2])
+            nearest = self.codebooks[level][codes[level]]                         # (B, N, dq)
+            z[level] = psi[level] + (nearest - psi[level]).detach()
+        return psi, z, torch.stack(codes, 1)
+
+    def decode(self, z):
+        """z -> rebuilt h0 (B, N, d0); levels are consumed from deep to shallow."""
+        x = self.query_positions + self.query(z[-1])
+        for level in reversed(range(self.levels)):
+            x = self.decoder[level](x, self.lift[level](z[level]))
+        return self.out(x)
+
+    def forward(self, h0):
+        """h0 (B, N, d0) -> rebuilt h0 (B, N, d0), codes (B, L, N)."""
+        _, z, codes = self.quantise(self.encode(h0))
+        return self.decode(z), codes
+
+    def loss(self, h0):
+        """Equation 7: feature error, and for every level the codebook and the commitment term."""
+        psi, z, codes = self.quantise(self.encode(h0))
+        loss = F.mse_loss(self.decode(z), h0)
+        for level in range(self.levels):
+            nearest = self.codebooks[level][codes[:, level]]
+            loss = loss + self.commitment * F.mse_loss(psi[level], nearest.detach())
+            if not self.ema:
+                loss = loss + F.mse_loss(nearest, psi[level].detach())
+        self.count(psi, codes)
+        return loss
+
+    @torch.no_grad()
+    def count(self, psi, codes, decay=0.99):
+        """Counts the codes in use and, with the EMA codebook, moves each code to the running mean of its vectors."""
+        for level in range(self.levels):
+            index = codes[:, level].flatten()
+            count = torch.zeros_like(self.used[level]).index_add_(0, index, torch.ones_like(index, dtype=torch.float))
+            self.used[level] += count
+            if self.ema:
+                total = torch.zeros_like(self.ema_sum[level]).index_add_(0, index, psi[level].flatten(0, 1).float())
+                self.ema_count[level].lerp_(count, 1 - decay)
+                self.ema_sum[level].lerp_(total, 1 - decay)
+                mean = self.ema_sum[level] / self.ema_count[level].clamp(min=1e-6)[:, None]
+                self.codebooks[level].copy_(torch.where(self.ema_count[level][:, None] > 1e-4, mean, self.codebooks[level]))
+
+    @torch.no_grad()
+    def start_codebooks(self, h0, generator, rounds=5):
+        """Codebooks start as k-means of the vectors that the untrained encoder sends them. h0 (B, N, d0)."""
+        h, top = self.encode(h0), self.levels - 1
+        for level in (top, *range(top)):
+            psi = self.quantise(h)[0][level].flatten(0, 1)                        # (B*N, dq)
+            codebook = psi[torch.randint(len(psi), (self.codebooks.shape[1],), generator=generator).to(psi.device)].clone()
+            for _ in range(rounds):
+                index, _ = nearest_code(psi, codebook)
+                count = torch.bincount(index, minlength=len(codebook))
+                total = torch.zeros_like(codebook).index_add_(0, index, psi)
+                codebook = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], codebook)
+            self.codebooks[level].copy_(codebook)
+            self.ema_count[level] = 1
+            self.ema_sum[level] = codebook
+
+    @torch.no_grad()
+    def revive(self, h0, generator):
+        """Codes that nobody used since the last look take the place of random vectors. h0 (B, N, d0)."""
+        psi, _, _ = self.quantise(self.encode(h0))
+        for level in range(self.levels):
+            flat = psi[level].flatten(0, 1)
+            pick = flat[torch.randint(len(flat), (self.codebooks.shape[1],), generator=generator).to(flat.device)]
+            dead = (self.used[level] == 0)[:, None]
+            self.codebooks[level].copy_(torch.where(dead, pick, self.codebooks[level]))
+            self.ema_sum[level] = torch.where(dead, pick, self.ema_sum[level])
+            self.ema_count[level] = torch.where(dead[:, 0], torch.ones_like(self.ema_count[level]), self.ema_count[level])
+
+    def health(self):
+        """Codes in use and perplexity exp(entropy) of each level since the last look: two lists of L."""
+        p = self.used / self.used.sum(1, keepdim=True).clamp(min=1)
+        perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum(1))
+        return (self.used > 0).sum(1).tolist(), [round(v, 1) for v in perplexity.tolist()]
+
+
+# Masks
+
+def block_masks(n: int, grid: int, count: int, least: int, generator: torch.Generator) -> torch.Tensor:
+    """BEiT's blockwise masking, n masks at once -> (n, N) bool, each with exactly `count` tokens: rectangles of at least
+    `least` tokens with log-uniform aspect in [0.3, 1/0.3] are added at uniform positions; the last one is cut to fit."""
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, generator=generator)
+
+    mask, cells = torch.zeros(n, grid * grid, dtype=torch.bool), torch.arange(grid)
+    while (left := count - mask.sum(1)).any():
+        area = uniform(least, left.clamp(min=least))
+        aspect = uniform(math.log(0.3), -math.log(0.3)).exp()
+        h = (area * aspect).sqrt().round().clamp(1, grid)
+        w = (area / aspect).sqrt().round().clamp(1, grid)
+        top, side = uniform(0, grid + 1 - h).floor(), uniform(0, grid + 1 - w).floor()
+        rows = (cells >= top[:, None]) & (cells < (top + h)[:, None])             # (n, grid)
+        columns = (cells >= side[:, None]) & (cells < (side + w)[:, None])
+        new = (rows[:, :, None] & columns[:, None, :]).flatten(1) & ~mask
+        mask |= new & (new.cumsum(1) <= left[:, None])
+    return mask
+
+
+def random_masks(n: int, grid: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """(n, N) bool, each with exactly `count` tokens anywhere."""
+    return torch.rand(n, grid * grid, generator=generator).argsort(1).argsort(1) < count
+
+
+def checkerboard_masks(grid: int) -> torch.Tensor:
+    """(6, N) bool: boards of 3, 6 and 12 squares a side, and their inverses."""
+    boards = []
+    for squares in (3, 6, 12):
+        row = torch.arange(grid) * squares // grid
+        boards.append(((row[:, None] + row) % 2 == 1).flatten())
+    return torch.cat([torch.stack(boards), ~torch.stack(boards)])
+
+
+def draw_masks(cfg: Config, n: int, generator: torch.Generator, scoring: bool) -> torch.Tensor:
+    """n masks (n, N) bool as the configuration asks, drawn on the CPU so that every device sees the same ones."""
+    ratio, block = (cfg.score_ratio, cfg.score_block) if scoring else (cfg.train_ratio, cfg.train_block)
+    tokens = cfg.grid ** 2
+    if cfg.mask == "block":
+        return block_masks(n, cfg.grid, round(ratio * tokens), max(1, round(block * tokens)), generator)
+    if cfg.mask == "random":
+        return random_masks(n, cfg.grid, round(ratio * tokens), generator)
+    boards = checkerboard_masks(cfg.grid)
+    return boards if scoring else boards[torch.randint(len(boards), (n,), generator=generator)]
+
+
+def seeded(*key) -> torch.Generator:
+    """A generator that depends on its key alone. Randomness is never carried from one epoch to the next, which is why a
+    resumed run needs nothing but the epoch's number to go on exactly."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+# ViT
+
+class ViT(nn.Module):
+    """Predicts, from the visible tokens, the histogram of every level's codes in the masked region: the logical
+    detector."""
+
+    def __init__(self, cfg: Config, d0: int):
+        super().__init__()
+        width = cfg.mim_width
+        self.levels, self.codes = cfg.levels, cfg.codes
+        self.embed = nn.Linear(d0, width)
+        self.e = nn.Parameter(torch.zeros(width))                                 # stands for a masked token
+        self.p = nn.Parameter(torch.zeros(width))                                 # prediction token
+        self.positions = nn.Parameter(0.02 * torch.randn(cfg.grid ** 2 + 1, width))
+        self.blocks = nn.ModuleList(Block(width, cfg.mim_heads, cfg.mim_dropout) for _ in range(cfg.mim_blocks))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, cfg.levels * cfg.codes)
+
+    def forward(self, h0, mask):
+        """h0 (B, N, d0), mask (M, N) for all images or (B, M, N) bool -> logits (B, M, L, K)."""
+        x = self.embed(h0)[:, None]                                               # (B, 1, N, width)
+        mask = mask.expand(len(h0), *mask.shape[-2:])                             # (B, M, N)
+        x = torch.where(mask[..., None], self.e, x)                               # (B, M, N, width)
+        x = torch.cat([self.p.expand(*x.shape[:2], 1, -1), x], 2) + self.positions
+        x = x.flatten(0, 1)                                                       # (B*M, 1 + N, width)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        # Nothing but p' is read, so in the last block nothing else needs to ask.
+        p = self.blocks[-1](x, first=1)[:, 0]                                     # (B*M, width)
+        return self.head(self.norm(p)).view(*mask.shape[:2], self.levels, self.codes)
+
+
+# Training
+
+class Progress:
+    """One line that says how far the work is, how fast, and how long it will take: rewritten in place on a terminal, a
+    new line every ten seconds elsewhere."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, done: int, note: str = ""):
+        now, tty = time.monotonic(), sys.stderr.isatty()
+        if done < self.total and now - self.shown < (0.2 if tty else 10):
+            return
+        self.shown, rate = now, (done - self.done) / max(now - self.start, 1e-9)
+        line = (f"{self.label}: {done}/{self.total} {self.unit}, {rate:.3g}/s, "
+                f"{(self.total - done) / max(rate, 1e-9):.0f} s left{note and ', ' + note}")
+        end = "" if tty and done < self.total else "\n"
+        print(f"\r{line[:118]:<118}" if tty else line, end=end, file=sys.stderr, flush=True)
+
+
+def save_file(state: dict, path: Path):
+    """Written beside, flushed, renamed: a kill or a full disk leaves the last good file."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:         # torch.save reports a full disk as RuntimeError
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{path}: could not be saved ({error}); the last checkpoint is intact, free some space and "
+                         "run the same command again") from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    state = load_file(path, str(path))
+    if not isinstance(state, dict) or "format" not in state:
+        raise InputError(f"{path}: not a checkpoint of ladmim.py")
+    if state["format"] != FORMAT:
+        raise InputError(f"{path}: format {state['format']}, this version reads {FORMAT}; use the version that wrote it")
+    return state
+
+
+class Run:
+    """A run's folder and what its checkpoint holds."""
+
+    def __init__(self, folder: Path, settings: dict):
+        """settings: config.json's content. A folder that already holds a run is gone on with if its settings agree."""
+        self.folder, self.seed, self.saved = folder, settings["seed"], time.monotonic()
+        self.state = {"format": FORMAT, "config": settings, "stage": "", "epoch": 0, "metrics": []}
+        if (folder / "checkpoint.pt").exists():
+            self.state = load_checkpoint(folder / "checkpoint.pt")
+            about = ("commit", "device", "torch")    # may differ between the sittings of one run
+            for name, value in settings.items():
+                if name not in about and self.state["config"].get(name) != value:
+                    raise InputError(f"{folder}: holds a run with {name} = {self.state['config'].get(name)}, asked for "
+                                     f"{value}; choose another --out or delete the folder")
+        else:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+            except OSError as error:
+                raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
+        self.write_metrics()
+
+    def save(self, **news):
+        self.state.update(news)
+        save_file(self.state, self.folder / "checkpoint.pt")
+        self.saved = time.monotonic()
+
+    def write_metrics(self):
+        lines = "".join(json.dumps(line) + "\n" for line in self.state["metrics"])
+        (self.folder / "metrics.jsonl").write_text(lines)
+
+    def log(self, **line):
+        self.state["metrics"].append(line)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def fit(run: Run, stage: str, model: nn.Module, epoch_loss, n: int, epochs: int, batch: int, lr, weight_decay: float,
+        clip: float, end_epoch=lambda epoch: {}, save_every=60.0):
+    """Trains one stage from where the run's checkpoint left it.
+
+    epoch_loss(generator) -> loss(index): called once an epoch, so that an epoch's masks are drawn together; index is a
+    batch of photo numbers. lr(epoch): the learning rate at a fractional epoch. end_epoch(epoch) -> what else to log.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr(0.0), weight_decay=weight_decay, fused=True)
+    state, start = run.state, 0
+    if state["stage"] == stage:
+        model.load_state_dict(state[stage])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["epoch"]
+
+    def save(epoch):
+        run.save(**{"stage": stage, "epoch": epoch, stage: model.state_dict(), "optimizer": optimizer.state_dict()})
+
+    model.train()
+    progress = Progress(f"{stage} training", epochs, "epochs", start)
+    for epoch in range(start, epochs):
+        generator, began = seeded(run.seed, stage, epoch), time.monotonic()
+        torch.manual_seed(generator.initial_seed())                               # dropout
+        batches = torch.randperm(n, generator=generator).split(batch)
+        loss, total = epoch_loss(generator), 0.0
+        for i, index in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = lr(epoch + i / len(batches))
+            value = loss(index)
+            optimizer.zero_grad()
+            value.backward()
+            nn.utils.clip_grad_norm_(trained, clip)
+            optimizer.step()
+            total = total + value.detach() * len(index)
+        mean = float(total) / n                                                   # the epoch's only wait for a GPU
+        if not math.isfinite(mean):
+            raise InputError(f"{stage} training: the loss is {mean} in epoch {epoch + 1}; the last good checkpoint is kept; "
+                             f"try a smaller --{stage}-lr")
+        run.log(stage=stage, epoch=epoch + 1, loss=round(mean, 6), seconds=round(time.monotonic() - began, 3),
+                **end_epoch(epoch))
+        progress(epoch + 1, f"loss {mean:.4f}")
+        if time.monotonic() - run.saved > save_every or epoch + 1 == epochs:
+            save(epoch + 1)
+    if not epochs:
+        save(0)
+    model.eval()
+
+
+def train_hvq(run: Run, cfg: Config, h0, n: int, device) -> HVQ:
+    """h0(index) -> (B, N, d0) standardised features of the training photos with those numbers; n photos."""
+    torch.manual_seed(run.seed)
+    hvq = HVQ(cfg, h0(torch.tensor([0])).shape[-1]).to(device)
+    if run.state["stage"] in ("mim", "done"):
+        hvq.load_state_dict(run.state["hvq"])
+        return hvq.eval().requires_grad_(False)
+    sample = seeded(run.seed, "codebooks")
+    if not run.state["stage"]:
+        hvq.start_codebooks(h0(torch.randperm(n, generator=sample)[:64]), sample)
+
+    def end_epoch(epoch):
+        used, perplexity = hvq.health()
+        if epoch < 0.8 * cfg.hvq_epochs - 1:         # later, a new code could not settle any more
+            generator = seeded(run.seed, "revive", epoch)
+            hvq.revive(h0(torch.randperm(n, generator=generator)[:cfg.hvq_batch]), generator)
+        hvq.used.zero_()
+        return {"codes_used": used, "perplexity": perplexity}
+
+    fit(run, "hvq", hvq, lambda generator: lambda index: hvq.loss(h0(index)), n, cfg.hvq_epochs, cfg.hvq_batch,
+        lambda epoch: cfg.hvq_lr * (0.1 if epoch >= 0.8 * cfg.hvq_epochs else 1.0), 1e-4, 0.1, end_epoch)
+    return hvq.eval().requires_grad_(False)
+
+
+def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
+    """Equation 12: the L1 distance of the predicted histogram from the actual one, summed over the levels."""
+    torch.manual_seed(run.seed)
+    mim = ViT(cfg, h0(torch.tensor([0])).shape[-1]).to(device)
+    if run.state["stage"] == "done":
+        mim.load_state_dict(run.state["mim"])
+        return mim.eval().requires_grad_(False)
+    with torch.inference_mode():                     # HVQ-Trans is frozen and nothing is augmented: tokenise once
+        codes = torch.cat([hvq(h0(index))[1].to(torch.int16) for index in torch.arange(n).split(cfg.hvq_batch)])
+
+    def epoch_loss(generator):
+        mask = draw_masks(cfg, n, generator, scoring=False)[:, None].to(device)   # (n, 1, N)
+        return lambda index: histogram_l1(mim(h0(index), mask[index]), codes[index], mask[index]).sum(-1).mean()
+
+    def lr(epoch):                                   # linear warm-up, then cosine to 1e-6
+        if epoch < cfg.mim_warmup:
+            return cfg.mim_lr * (epoch + 1) / (cfg.mim_warmup + 1)
+        done = (epoch - cfg.mim_warmup) / max(1, cfg.mim_epochs - cfg.mim_warmup)
+        return 1e-6 + (cfg.mim_lr - 1e-6) * 0.5 * (1 + math.cos(math.pi * done))
+
+    fit(run, "mim", mim, epoch_loss, n, cfg.mim_epochs, cfg.mim_batch, lr, 1e-6, 1.0)
+    return mim.eval().requires_grad_(False)
+
+
+# Scoring
+
+@torch.inference_mode()
+def score(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 2 ** 27):
+    """h0 (B, N, d0), masks (M, N) -> S_HVQ (B,), S_MIM (B,), and where they come from, each (B, N): the squared error of
+    every token, and the mean error of the masks that cover it. budget: bytes that one activation of the ViT may take."""
+    rebuilt, codes = hvq(h0)
+    error = (h0 - rebuilt).square().mean(-1)                                      # (B, N)
+    if cfg.hvq_score == "max":
+        smooth = F.avg_pool2d(error.unflatten(1, (cfg.grid, -1))[:, None], 3, 1, 1, count_include_pad=False)
+        s_hvq = smooth.flatten(1).max(1).values
+    else:
+        s_hvq = error.mean(1)
+    step = max(1, budget // (len(h0) * h0.shape[1] * cfg.mim_width * 4))
+    l1 = torch.cat([histogram_l1(mim(h0, part), codes.to(torch.int16), part).sum(-1) for part in masks.split(step)], 1)
+    mim_map = l1 @ masks.float() / masks.sum(0).clamp(min=1)                      # (B, M) -> (B, N)
+    return s_hvq, l1.mean(1), error, mim_map
+
+
+@dataclass
+class Calibration:
+    """Means and standard deviations over the validation normals of one category, never over test photos."""
+    hvq: tuple[float, float]
+    mim: tuple[float, float]
+    hvq_map: tuple[float, float]
+    mim_map: tuple[float, float]
+    threshold: float                                 # 95th percentile of the final score
+
+    def combine(self, s_hvq, s_mim):
+        """S = S'_HVQ + S'_MIM, each standardised."""
+        return (s_hvq - self.hvq[0]) / self.hvq[1] + (s_mim - self.mim[0]) / self.mim[1]
+
+
+def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> Calibration:
+    """Each an array over the validation normals; a floor of 1 % of the mean keeps one lone photo from dividing by 0."""
+    def moments(values):
+        values = np.asarray(values, np.float64)
+        return float(values.mean()), float(max(values.std(), 0.01 * abs(values.mean()), 1e-12))
+
+    found = Calibration(moments(s_hvq), moments(s_mim), moments(hvq_map), moments(mim_map), 0.0)
+    found.threshold = float(np.quantile(found.combine(s_hvq, s_mim), 0.95))
+    return found
+
+
+def score_photos(hvq: HVQ, mim: ViT, cfg: Config, h0, n: int, device, batch: int = 8) -> list[np.ndarray]:
+    """`score` over n photos, h0(index) as in training -> S_HVQ (n,), S_MIM (n,) and the maps (n, N), float32."""
+    masks = draw_masks(cfg, cfg.masks, seeded("scoring masks"), scoring=True).to(device)
+    progress, found = Progress("scoring", n, "photos"), []
+    for index in torch.arange(n).split(batch):
+        found.append([part.float().cpu() for part in score(hvq, mim, cfg, h0(index), masks)])
+        progress(int(index[-1]) + 1)
+    return [torch.cat(part).numpy() for part in zip(*found)]
+
+
+# Command line
+
+def git_commit() -> str:
+    """The commit of this code, "-dirty" behind it where the files differ, or "" outside git."""
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def pick_device(name: str | None) -> torch.device:
+    if name in (None, "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if name == "cuda":
+        raise InputError("--device cuda: this machine has no CUDA GPU that torch can use; leave the option out for the CPU")
+    return torch.device("cpu")
+
+
+def standardised(features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, offset: int, device):
+    """-> h0(index): the features (B, N, d0) of photos offset + index, each channel by the training set's statistics."""
+    mean, std = mean.to(device), std.to(device)
+    return lambda index: (features[index + offset].to(device).float() - mean) / std
+
+
+def channel_statistics(features, n: int, batch: int = 64):
+    """Mean and standard deviation (d0,) of each channel over the first n photos' tokens, summed in float64."""
+    total = square = count = 0
+    for index in torch.arange(n).split(batch):
+        part = features[index].double().flatten(0, 1)                             # (B*N, d0)
+        total, square, count = total + part.sum(0), square + part.square().sum(0), count + len(part)
+    mean = total / count
+    return mean.float(), (square / count - mean.square()).clamp(min=1e-12).sqrt().float()
+
+
+RENDERED = "rendered twin of MVTec LOCO, drawn by this program: not MVTec's photos"
+
+
+def find_data(args) -> tuple[Path, list[str]]:
+    """The folder that holds the category folders, and the categories asked for. Renders the twin where there is no data."""
+    root = args.data and Path(args.data)
+    loco = Path("data/mvtec_loco_anomaly_detection")
+    if not root and args.category != "all" and all((loco / c).is_dir() for c in args.category.split(",")):
+        root = loco
+    if not root and args.category == "all" and loco.is_dir():
+        root = loco
+    if not root:
+        root = Path("data/rendered")
+        names = data.SCENES if args.category == "all" else args.category.split(",")
+        for name in names:
+            if not (root / name).is_dir():
+                data.render(root, name, data.COUNTS)
+    names = data.list_categories(root) if args.category == "all" else args.category.split(",")
+    return root, sorted(set(names))
+
+
+def train(args):
+    """The whole of it: photos, features, both stages, scores, table."""
+    cfg = Config(**PRESETS[args.preset] | {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
+                                           if getattr(args, f.name) is not None})
+    device = pick_device(args.device)
+    root, names = find_data(args)
+    rendered = any((root / name / data.RENDERED_MARK).exists() for name in names)
+    photos = [photo for name in names for photo in data.find_photos(root, name, args.seed)]
+    photos.sort(key=lambda photo: ("train", "validation", "test").index(photo.split))
+    print(f"data: {RENDERED if rendered else root}\n{data.count_table(photos)}")
+    for warning in data.check_photos(photos, root):
+        print(f"warning: {warning}", file=sys.stderr)
+    n = sum(photo.split == "train" for photo in photos)
+
+    pdn, found = load_pdn(cfg.pdn, args.seed)
+    print(f"backbone: {found}; device: {device}", flush=True)
+    pdn = pdn.to(device, memory_format=torch.channels_last)
+    d0, key = pdn[-1].out_channels, hashlib.blake2b(digest_size=16)
+    for weight in pdn.state_dict().values():
+        key.update(weight.cpu().contiguous().numpy().tobytes())
+    progress = Progress("features", len(photos), "photos")
+    features = data.cached_features(
+        [photo.path for photo in photos], cfg.image_size, f"{key.hexdigest()}-{cfg.grid}",
+        lambda images: extract(pdn, images.to(device), cfg.grid).cpu(), Path(args.cache), (cfg.grid ** 2, d0), progress=progress)
+    if features.nbytes < 2 ** 33:                    # more stays where it is, and travels batch by batch
+        features = features.to(device)
+    mean, std = channel_statistics(features, n)
+
+    settings = {"data": root.resolve().name, "rendered": rendered, "category": args.category, "preset": args.preset,
+                "seed": args.seed, "commit": git_commit(), "device": device.type, "torch": torch.__version__,
+                **dataclasses.asdict(cfg)}
+    run = Run(Path(args.out or f"runs/{settings['data']}/{args.category}-{args.preset}-seed{args.seed}"), settings)
+    if "mean" in run.state and not (torch.equal(run.state["mean"], mean) and torch.equal(run.state["std"], std)):
+        raise InputError(f"{run.folder}: the training photos or the backbone changed since this run began; choose another "
+                         "--out or delete the folder")
+    run.state.update(pdn=pdn.state_dict(), mean=mean, std=std)
+    h0 = standardised(features, mean, std, 0, device)
+    hvq = train_hvq(run, cfg, h0, n, device)
+    mim = train_mim(run, cfg, hvq, h0, n, device)
+    if run.state["stage"] != "done":
+        began = time.monotonic()
+        tested = photos[n:]
+        scores = score_photos(hvq, mim, cfg, standardised(features, mean, std, n, device), len(tested), device)
+        write_scores(run, root, tested, scores)
+        run.log(stage="score", photos=len(tested), seconds=round(time.monotonic() - began, 3))
+        run.save(stage="done", optimizer=None)
+    report(run)
+
+
+def write_scores(run: Run, root: Path, photos, scores):
+    """Calibrates every category on its validation normals and writes scores.csv."""
+    rows, calibrations = [], {}
+    for name in sorted({photo.category for photo in photos}):
+        normal = [i for i, photo in enumerate(photos) if photo.category == name and photo.split == "validation"]
+        calibrations[name] = calibrate(*(part[normal] for part in scores))
+        for i, photo in enumerate(photos):
+            if photo.category == name:
+                s_hvq, s_mim = float(scores[0][i]), float(scores[1][i])
+                rows.append((photo.path.relative_to(root).as_posix(), photo.split, photo.kind, photo.label, f"{s_hvq:.9g}",
+                             f"{s_mim:.9g}", f"{calibrations[name].combine(s_hvq, s_mim):.9g}"))
+    with open(run.folder / "scores.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        csv.writer(file).writerows([("path", "split", "kind", "label", "s_hvq", "s_mim", "score"), *rows])
+    run.state["calibration"] = {name: dataclasses.asdict(found) for name, found in calibrations.items()}
+
+
+def report(run: Run):
+    """What the run's codebooks and scores look like."""
+    last = [line for line in run.state["metrics"] if line["stage"] == "hvq"][-1:]
+    for line in last:
+        print("codebooks: " + "; ".join(f"level {level + 1}: {used} codes in use, perplexity {perplexity}" for level, (used, perplexity)
+                                        in enumerate(zip(line["codes_used"], line["perplexity"]))))
+    print(f"run: {run.folder}\n{evaluation.run_table(run.folder)}")
+
+
+# Prediction
+
+@dataclass
+class Detector:
+    """A trained run, ready to look at photos of one category."""
+    cfg: Config
+    pdn: nn.Module
+    hvq: HVQ
+    mim: ViT
+    mean: torch.Tensor
+    std: torch.Tensor
+    calibration: Calibration
+    device: torch.device
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray):
+        """images (B, H, W, 3) uint8, as data.load_image gives them -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat
+        map (B, N), the sum of both standardised maps."""
+        h0 = (extract(self.pdn, torch.from_numpy(images).to(self.device), self.cfg.grid) - self.mean) / self.std
+        masks = draw_masks(self.cfg, self.cfg.masks, seeded("scoring masks"), scoring=True).to(self.device)
+        s_hvq, s_mim, hvq_map, mim_map = (part.cpu().numpy() for part in score(self.hvq, self.mim, self.cfg, h0, masks))
+        c = self.calibration
+        heat = (hvq_map - c.hvq_map[0]) / c.hvq_map[1] + (mim_map - c.mim_map[0]) / c.mim_map[1]
+        return (s_hvq - c.hvq[0]) / c.hvq[1], (s_mim - c.mim[0]) / c.mim[1], c.combine(s_hvq, s_mim), heat
+
+
+def load_detector(folder: Path, category: str | None, device: torch.device) -> Detector:
+    if not (folder / "checkpoint.pt").exists():
+        raise InputError(f"--run {folder}: holds no checkpoint.pt; train one with `python ladmim.py train`")
+    state = load_checkpoint(folder / "checkpoint.pt")
+    if state["stage"] != "done":
+        raise InputError(f"--run {folder}: its training is not finished; run the same train command again, it goes on")
+    known = sorted(state["calibration"])
+    if category not in known and (category or len(known) > 1):
+        raise InputError(f"--category {category or '(not given)'}: this run knows {', '.join(known)}; name one")
+    cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config)})
+    pdn, _ = pdn_from_state(state["pdn"], str(folder))
+    hvq, mim = HVQ(cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
+    hvq.load_state_dict(state["hvq"])
+    mim.load_state_dict(state["mim"])
+    for model in (pdn, hvq, mim):
+        model.to(device).eval().requires_grad_(False)
+    calibration = Calibration(**state["calibration"][category or known[0]])
+    return Detector(cfg, pdn, hvq, mim, state["mean"].to(device), state["std"].to(device), calibration, device)
+
+
+def predict(args) -> int:
+    """One line a photo: score, verdict, and which detector saw more. Exit code 1 where a photo could not be read."""
+    detector = load_detector(Path(args.run), args.category, pick_device(args.device))
+    paths, bad = data.find_images([Path(p) for p in args.images]), 0
+    threshold = detector.calibration.threshold
+    names = data.flat_names(paths)
+    if args.heatmap:
+        make_folder(Path(args.heatmap), "--heatmap")
+    batch = []
+
+    def flush():
+        for (path, name, image), hvq, mim, total, heat in zip(batch, *detector(np.stack([b[2] for b in batch]))):
+            verdict = "anomaly" if total > threshold else "good"
+            detail = {"path": str(path), "score": round(float(total), 4), "threshold": round(threshold, 4), "verdict": verdict,
+                      "s_hvq": round(float(hvq), 4), "s_mim": round(float(mim), 4),
+                      "decided": "structural" if hvq >= mim else "logical"}
+            print(json.dumps(detail) if args.json else
+                  f"{verdict:7} {total:8.2f}  (structural {hvq:.2f}, logical {mim:.2f})  {path}")
+            if args.heatmap:
+                draw_heat(path, heat, detector.cfg.grid).save(Path(args.heatmap) / f"{name}.png")
+        batch.clear()
+
+    for path, name, image in zip(paths, names, data.load_images(paths, detector.cfg.image_size)):
+        if isinstance(image, InputError):
+            print(f"error: {image}", file=sys.stderr)
+            bad += 1
+            continue
+        batch.append((path, name, image))
+        if len(batch) == 8:
+            flush()
+    if batch:
+        flush()
+    return 1 if bad else 0
+
+
+def draw_heat(path: Path, heat: np.ndarray, grid: int) -> Image.Image:
+    """The photo with what is unlike the validation normals in red: clear from 3 standard deviations, full from 12."""
+    photo = data.open_image(path)
+    photo.thumbnail((1024, 1024))
+    glow = Image.fromarray(np.clip((heat.reshape(grid, grid) - 3) / 9, 0, 1).astype(np.float32) * 180)
+    glow = glow.resize(photo.size, Image.BICUBIC).point(lambda v: v).convert("L")
+    return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ladmim.py", description="Logical anomaly detection with masked image modeling.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    p = commands.add_parser("train", help="train both detectors on good photos, score validation and test photos")
+    p.add_argument("--category", required=True, help="a category's folder name, a comma list or all: one model for all of them")
+    p.add_argument("--data", help="the folder that holds the category folders (default: data/mvtec_loco_anomaly_detection, "
+                                  "or the rendered twin where there is none)")
+    p.add_argument("--preset", choices=PRESETS, help="default: fast with a GPU, tiny without")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", help="run folder (default: runs/DATA/CATEGORY-PRESET-seedN)")
+    p.add_argument("--cache", default="cache", help="folder of cached features (default: cache)")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    settings = p.add_argument_group("settings (default: the preset's)")
+    for f in dataclasses.fields(Config):
+        settings.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), choices=f.metadata.get("options"))
+
+    p = commands.add_parser("predict", help="score photos with a trained run")
+    p.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER")
+    p.add_argument("--run", required=True, help="run folder")
+    p.add_argument("--category", help="where the run knows several")
+    p.add_argument("--heatmap", metavar="DIR", help="write heat maps there")
+    p.add_argument("--json", action="store_true", help="one JSON object a line")
+    p.add_argument("--device", choices=("cpu", "cuda"))
+    return parser
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    try:
+        return {"train": train, "predict": predict}[args.command](args) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

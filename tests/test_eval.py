@@ -1,0 +1,464 @@
+"""eval.py against scikit-learn, brute force and hand-made run folders."""
+import csv
+import json
+import math
+import re
+import statistics
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
+
+import eval as evaluation
+from data import InputError
+from eval import auroc, evaluate, evaluate_runs, main, read_run, run_table
+
+LOCO = {"good": 12, "logical_anomalies": 9, "structural_anomalies": 10}
+CATEGORIES = ["breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors"]
+
+
+def make_run(folder, category="breakfast_box", seed=0, kinds=LOCO, data="mvtec_loco", rendered=False, preset="tiny",
+             commit="abc1234", validation=20, decimals=1, shift=1.0, **more):
+    """A run folder with random scores, coarse enough to tie. Returns its rows as written."""
+    rng = np.random.default_rng([seed, *category.encode()])
+    config = dict(data=data, rendered=rendered, category=category, preset=preset, seed=seed, commit=commit, device="cpu",
+                  torch="2", mim_epochs=60, **more)
+    names = CATEGORIES if category == "all" else category.split(",")
+    rows = []
+    for name in names:
+        for split, counts in (("validation", {"good": validation}), ("test", kinds)):
+            for kind, n in counts.items():
+                for i in range(n):
+                    s = np.round(rng.normal(shift * (kind != "good"), 1, 2) * (3, 0.5) + (7, 1), decimals)
+                    rows.append([f"{name}/{split}/{kind}/{i:03}.png", split, kind, int(kind != "good"), *map(float, s), 0.0])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_rows(folder, rows)
+    return rows
+
+
+def write_rows(folder, rows):
+    with open(folder / "scores.csv", "w", newline="") as file:
+        csv.writer(file).writerows([evaluation.HEADER, *rows])
+
+
+def oracle(rows, category, over="validation"):
+    """Labels are 1 for anomalies; "both" standardised by hand. -> {kind: {detector: AUROC}} by scikit-learn."""
+    rows = [r for r in rows if r[0].startswith(f"{category}/")]
+    s = np.array([r[4:6] for r in rows])
+    test = np.array([r[1] == "test" for r in rows])
+    kind = np.array([r[2] for r in rows])
+    reference = s[test] if over == "test" else s[~test & (kind == "good")]
+    z = (s - reference.mean(0)) / np.sqrt(((reference - reference.mean(0)) ** 2).sum(0) / len(reference))
+    found = {}
+    for name in set(kind) - {"good"}:
+        pick = test & ((kind == "good") | (kind == name))
+        found[name] = {d: roc_auc_score(kind[pick] != "good", v[pick])
+                       for d, v in (("hvq", s[:, 0]), ("mim", s[:, 1]), ("both", z.sum(1)))}
+    return found, z.sum(1), test, kind
+
+
+def lines_of(output, title):
+    """The cells of the table whose title holds `title`: header first."""
+    block = next(b for b in re.split(r"(?m)^## ", output) if title in b.split("\n")[0])
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in block.splitlines() if line.startswith("|")]
+    return rows[:1] + rows[2:]
+
+
+# AUROC
+
+def brute_force(labels, scores):
+    """Every pair of an anomaly and a normal image, as a fraction."""
+    pairs = [(a, b) for a, la in zip(scores, labels) if la for b, lb in zip(scores, labels) if not lb]
+    return Fraction(sum(2 * (a > b) + (a == b) for a, b in pairs), 2 * len(pairs))
+
+
+def test_auroc_equals_scikit_learn_on_random_cases():
+    rng = np.random.default_rng(0)
+    for case in range(3000):
+        n = int(rng.integers(2, 60))
+        labels = rng.permutation(np.arange(n) < rng.integers(1, n))
+        scores = (rng.normal(size=n), rng.integers(0, 4, n), np.full(n, 0.3), rng.normal(size=n).astype(np.float32),
+                  rng.integers(0, 2, n) * 1e-300, rng.normal(size=n) * 1e300)[case % 6]
+        assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-14)
+
+
+def test_auroc_is_the_exact_fraction_of_pairs():
+    rng = np.random.default_rng(1)
+    for n in (2, 3, 5, 17, 64):
+        for scores in (rng.normal(size=n), rng.integers(0, 3, n), rng.choice([-math.inf, -0.0, 0.0, math.inf], n)):
+            labels = np.arange(n) % 2
+            assert auroc(labels, scores) == float(brute_force(labels, scores))
+
+
+def test_auroc_of_a_large_tied_sample_is_exact():
+    rng = np.random.default_rng(2)
+    positive, negative = np.round(rng.normal(0.2, 1, 300_000), 2), np.round(rng.normal(0, 1, 200_000), 2)
+    negative.sort()
+    below = np.searchsorted(negative, positive, "left").sum(dtype=object)
+    not_above = np.searchsorted(negative, positive, "right").sum(dtype=object)
+    exact = Fraction(int(below) + int(not_above), 2 * 300_000 * 200_000)
+    labels = np.r_[np.ones(300_000), np.zeros(200_000)]
+    assert auroc(labels, np.r_[positive, negative]) == float(exact)
+
+
+def test_auroc_constants_and_separation():
+    assert auroc([0, 1, 0, 1], [7, 7, 7, 7]) == 0.5
+    assert auroc([False, False, True], [1, 2, 3]) == 1.0
+    assert auroc([1, 0], [1, 2]) == 0.0                                       # and not flipped to 1
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(-50, 50)), min_size=2).filter(
+    lambda pairs: len({label for label, _ in pairs}) == 2))
+@settings(max_examples=300, deadline=None)
+def test_auroc_properties(pairs):
+    labels, scores = map(np.array, zip(*pairs))
+    a = auroc(labels, scores)
+    assert a == float(brute_force(labels, scores.tolist()))
+    assert auroc(labels, scores.astype(float) ** 3 * 5 - 2) == a              # monotone transforms change nothing
+    assert auroc(labels, np.arctan(scores / 10)) == a
+    assert auroc(~labels, scores) == pytest.approx(1 - a, abs=1e-15)          # labels flipped
+    assert auroc(labels, -scores) == pytest.approx(1 - a, abs=1e-15)
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert auroc(labels[order], scores[order]) == a
+
+
+@pytest.mark.parametrize("labels, scores, word", [
+    ([0, 0], [1, 2], "both classes"), ([1, 1], [1, 2], "both classes"), ([], [], "both classes"),
+    ([0, 1], [1, math.nan], "NaN"), ([0, 1, 1], [1, 2], "3 labels, 2 scores"), ([0, 2], [1, 2], "labels of 0"),
+    ([0, math.nan], [1, 2], "labels of 0")])
+def test_auroc_refuses(labels, scores, word):
+    with pytest.raises(InputError, match=word):
+        auroc(labels, scores)
+
+
+# One run
+
+@pytest.mark.parametrize("over", ["validation", "test"])
+@pytest.mark.parametrize("category", ["breakfast_box", "breakfast_box,pushpins"])
+def test_evaluate_equals_scikit_learn(tmp_path, category, over):
+    rows = make_run(tmp_path / "run", category)
+    for name in category.split(","):
+        record = evaluate(read_run(tmp_path / "run"), name, over)
+        expected, both, test, kind = oracle(rows, name, over)
+        for detector in ("hvq", "mim", "both"):
+            logical, structural = (expected[f"{k}_anomalies"][detector] for k in ("logical", "structural"))
+            assert record[detector] == pytest.approx(
+                {"logical": logical, "structural": structural, "average": (logical + structural) / 2}, abs=1e-12)
+        threshold = np.percentile(both[~test], 95)
+        assert record["false alarms"]["good"] == np.mean(both[test & (kind == "good")] > threshold)
+        for k in ("logical", "structural"):
+            assert record["missed"][k] == pytest.approx(np.mean(both[test & (kind == f"{k}_anomalies")] <= threshold))
+        assert record["images"] == LOCO
+        assert record["settings"] == {"mim_epochs": 60}
+
+
+def test_the_leak_changes_scores_and_validation_anomalies_do_not(tmp_path):
+    rows = make_run(tmp_path / "run")
+    clean = evaluate(read_run(tmp_path / "run"), "breakfast_box")
+    assert evaluate(read_run(tmp_path / "run"), "breakfast_box", "test")["both"] != clean["both"]
+    extra = [[f"breakfast_box/validation/bad/{i}.png", "validation", "bad", 1, 900.0, 70.0, 0.0] for i in range(5)]
+    write_rows(tmp_path / "run", rows + extra)
+    assert evaluate(read_run(tmp_path / "run"), "breakfast_box") == clean
+
+
+def test_auroc_under_a_half_is_not_flipped(tmp_path):
+    rows = make_run(tmp_path / "run", shift=-3)
+    record = evaluate(read_run(tmp_path / "run"), "breakfast_box")
+    assert max(record["both"].values()) < 0.5
+    assert record["both"]["logical"] == pytest.approx(oracle(rows, "breakfast_box")[0]["logical_anomalies"]["both"])
+
+
+def test_one_validation_photo_does_not_divide_by_zero(tmp_path):
+    make_run(tmp_path / "run", validation=1)
+    record = evaluate(read_run(tmp_path / "run"), "breakfast_box")
+    assert 0 <= record["both"]["average"] <= 1
+
+
+def test_a_missing_kind_leaves_a_gap(tmp_path, capsys):
+    make_run(tmp_path / "runs/a", kinds={"good": 5, "logical_anomalies": 5})
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    assert lines_of(capsys.readouterr().out, "mvtec_loco: AUROC %")[1][-2:] == ["–", "–"]
+
+
+# Means over seeds and categories
+
+def test_table_means_and_sample_std(tmp_path, capsys):
+    values = {c: [] for c in CATEGORIES}
+    for c in CATEGORIES:
+        for seed in (0, 1, 2):
+            expected = oracle(make_run(tmp_path / f"runs/d/{c}-tiny-seed{seed}", c, seed), c)[0]
+            values[c].append([expected[f"{k}_anomalies"]["both"] for k in ("logical", "structural")])
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    header, *rows = lines_of(capsys.readouterr().out, "mvtec_loco: AUROC %")
+    assert header == ["category", "preset", "commit", "trained on", "seeds", "logical", "structural", "average"]
+
+    def cells(per_seed):
+        per_seed = [[*p, sum(p) / 2] for p in per_seed]
+        return [f"{100 * statistics.mean(v):.1f} ± {100 * statistics.stdev(v):.1f}" for v in zip(*per_seed)]
+
+    for row, c in zip(rows, CATEGORIES):
+        assert row == [c, "tiny", "abc1234", "each alone", "3", *cells(values[c])]
+    over_categories = [[statistics.mean(values[c][seed][k] for c in CATEGORIES) for k in (0, 1)] for seed in range(3)]
+    assert rows[5:] == [["mean of 5", "tiny", "abc1234", "each alone", "3", *cells(over_categories)]]
+
+
+def test_no_std_with_one_seed_or_unshared_seeds(tmp_path, capsys):
+    for c, seed in (("breakfast_box", 0), ("pushpins", 0), ("pushpins", 1)):
+        make_run(tmp_path / f"runs/{c}{seed}", c, seed)
+    main(["--runs", str(tmp_path / "runs")])
+    _, box, pins, mean = lines_of(capsys.readouterr().out, "mvtec_loco: AUROC %")
+    assert box[4] == "1" and "±" not in box[5]
+    assert pins[4] == "2" and "±" in pins[5]
+    assert mean[0] == "mean of 2" and mean[4] == "not shared" and "±" not in mean[5]
+    assert float(mean[5]) == pytest.approx((float(box[5]) + float(pins[5].split(" ±")[0])) / 2, abs=0.11)
+
+
+def test_presets_commits_and_settings_are_kept_apart(tmp_path, capsys):
+    make_run(tmp_path / "runs/a", seed=0)
+    make_run(tmp_path / "runs/b", seed=0, preset="paper")
+    make_run(tmp_path / "runs/c", seed=0, commit="")
+    make_run(tmp_path / "runs/d", seed=1)
+    make_run(tmp_path / "runs/e", seed=0, target="code")                      # an ablation of a
+    make_run(tmp_path / "runs/f", seed=0, category="pushpins")                # its settings join in too
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    rows = lines_of(capsys.readouterr().out, "mvtec_loco: AUROC %")[1:]
+    assert [row[:5] for row in rows] == [
+        ["breakfast_box", "paper", "abc1234", "each alone", "1"],
+        ["breakfast_box", "tiny", "unknown", "each alone", "1"],
+        ["breakfast_box", "tiny target=None", "abc1234", "each alone", "2"],
+        ["breakfast_box", "tiny target=code", "abc1234", "each alone", "1"],
+        ["pushpins", "tiny target=None", "abc1234", "each alone", "1"],
+        ["mean of 2", "tiny target=None", "abc1234", "each alone", "not shared"]]
+
+
+def test_a_repeated_seed_counts_once_and_is_named(tmp_path, capsys):
+    make_run(tmp_path / "runs/a")
+    make_run(tmp_path / "runs/b")
+    assert main(["--runs", str(tmp_path / "runs")]) == 1
+    out, err = capsys.readouterr()
+    assert lines_of(out, "mvtec_loco: AUROC %")[1][4] == "1"
+    assert "runs/b is left out" in err and len(err.splitlines()) == 1
+
+
+# Beside the paper's
+
+def test_real_loco_stands_beside_the_paper(tmp_path, capsys):
+    for c in CATEGORIES:
+        for seed in (0, 1):
+            make_run(tmp_path / f"runs/{c}{seed}", c, seed)
+    make_run(tmp_path / "runs/own", "my_part")
+    make_run(tmp_path / "runs/all", "all")
+    main(["--runs", str(tmp_path / "runs")])
+    out = capsys.readouterr().out
+    header, ours, paper, *others = lines_of(out, "Table 2")
+    assert header == ["system", *CATEGORIES, "mean", "overall"]
+    assert ours[0] == "ours, tiny, abc1234, each alone, seeds: 2"
+    assert paper == ["LADMIM, reported", "86.2 ± 0.8 / 81.0 ± 0.8", "99.0 ± 0.2 / 98.8 ± 0.3", "73.5 ± 0.7 / 85.9 ± 1.5",
+                     "58.1 ± 3.8 / 86.7 ± 0.8", "88.0 ± 0.8 / 90.0 ± 1.1", "80.9 ± 0.7 / 88.5 ± 0.5", "84.7 ± 0.6"]
+    assert len(others) == 11 and ["PatchCore, reported", "74.8 / 80.1"] in [row[:2] for row in others]
+    own = {row[0]: row[5:7] for row in lines_of(out, "mvtec_loco: AUROC %") if row[3] == "each alone"}
+    assert ours[1:6] == [" / ".join(own[c]) for c in CATEGORIES]
+    means = [[float(cell.split(" ±")[0]) for cell in own[c]] for c in CATEGORIES]
+    assert [float(v.split(" ±")[0]) for v in ours[6].split(" / ")] == pytest.approx(np.mean(means, 0), abs=0.1)
+    assert lines_of(out, "Table 3")[1][0] == "ours, tiny, abc1234, all, seeds: 1"
+    assert lines_of(out, "Table 3")[2][:2] == ["LADMIM, reported", "86.5 ± 0.6 / 81.5 ± 1.3"]
+    assert "my_part" not in lines_of(out, "Table 2")[0]
+    assert out.startswith("Our protocol: scores standardised with mean and population std of the validation normals only")
+
+
+def test_fewer_categories_have_no_mean_beside_the_papers(tmp_path, capsys):
+    make_run(tmp_path / "runs/a")
+    main(["--runs", str(tmp_path / "runs")])
+    ours = lines_of(capsys.readouterr().out, "Table 2")[1]
+    assert " / " in ours[1] and ours[2:] == ["–"] * 6
+
+
+def test_own_categories_get_no_reported_rows(tmp_path, capsys):
+    make_run(tmp_path / "runs/a", "my_part")
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    assert "reported |" not in re.sub(" +", " ", capsys.readouterr().out)
+
+
+def test_scoring_table_is_the_mean_over_categories_beside_table_5(tmp_path, capsys):
+    expected = [oracle(make_run(tmp_path / f"runs/{c}", c), c)[0] for c in CATEGORIES[:2]]
+    main(["--runs", str(tmp_path / "runs")])
+    rows = lines_of(capsys.readouterr().out, "Table 5")
+    for row, label, detector in zip(rows[1:], ("HVQ alone", "MIM alone", "both"), ("hvq", "mim", "both")):
+        structural, logical = (np.mean([e[f"{k}_anomalies"][detector] for e in expected]) for k in ("structural", "logical"))
+        assert row == [label, "tiny", "abc1234", "each alone", "1",
+                       *(f"{100 * v:.1f}" for v in (structural, logical, (structural + logical) / 2))]
+    assert [r[0] for r in rows[4:]] == ["HVQ alone, reported", "MIM alone, reported", "both, reported"]
+    assert rows[6][5:] == ["90.3", "83.1", "86.6"]
+
+
+def test_rendered_data_never_shares_a_table(tmp_path, capsys):
+    for category in ("breakfast_box", "all"):
+        make_run(tmp_path / f"runs/rendered/{category}", category, data="twin", rendered=True)
+    make_run(tmp_path / "runs/real", data="twin")                             # even under the same name
+    assert main(["--runs", str(tmp_path / "runs"), "--json", str(tmp_path / "report.json")]) == 0
+    titles = [t["title"] for t in json.loads((tmp_path / "report.json").read_text())["tables"]]
+    assert [t for t in titles if t.startswith("twin:")][0] == "twin: AUROC %"
+    reference = [t for t in titles if t.startswith("REFERENCE ONLY, not comparable")]
+    assert [re.search(r"Table \d", t)[0] for t in reference] == ["Table 5", "Table 2", "Table 3"]
+    out = capsys.readouterr().out
+    for title in titles:
+        first = [row[0] for row in lines_of(out, title)[1:]]
+        if title.startswith("REFERENCE"):
+            assert all(name.endswith("reported") for name in first)
+        elif not title.startswith("twin:"):
+            assert title.startswith("twin (rendered twin, not MVTec's photos)")
+            assert not any("reported" in name for name in first)
+
+
+def test_other_defect_names_get_one_image_auroc_and_rows_by_defect(tmp_path, capsys):
+    kinds = {"good": 8, "broken_large": 5, "contamination": 6}
+    rows = make_run(tmp_path / "runs/bottle", "bottle", data="mvtec_ad", kinds=kinds)
+    make_run(tmp_path / "runs/loco", data="mvtec_ad")                         # another kind of test split: other tables
+    main(["--runs", str(tmp_path / "runs")])
+    expected, both, test, kind = oracle(rows, "bottle")
+    out = capsys.readouterr().out
+    image = roc_auc_score(kind[test] != "good", both[test])
+    main_row = next(r for r in lines_of(out.replace("mvtec_ad: AUROC %", "x", 1), "mvtec_ad: AUROC %") if r[0] == "bottle") \
+        if lines_of(out, "mvtec_ad: AUROC %")[1][0] != "bottle" else lines_of(out, "mvtec_ad: AUROC %")[1]
+    assert main_row[5:] == [f"{100 * image:.1f}"]
+    threshold = np.percentile(both[~test], 95)
+    assert [[r[1], *r[-2:]] for r in lines_of(out, "by defect")[1:]] == [
+        [k, f"{100 * expected[k]['both']:.1f}", f"{100 * np.mean(both[test & (kind == k)] <= threshold):.1f}"]
+        for k in ("broken_large", "contamination")]
+    assert lines_of(out, "Table 4")[1:] == [["ours, tiny, abc1234, each alone, seeds: 1", "1 of 15", f"{100 * image:.1f}"],
+                                            ["LADMIM, reported", "15 of 15", "93.4"], ["SSM, reported", "15 of 15", "92.0"],
+                                            ["SCADN, reported", "15 of 15", "81.8"]]
+
+
+# Command line
+
+def test_standardise_test_heads_every_table(tmp_path, capsys):
+    rows = make_run(tmp_path / "runs/a")
+    make_run(tmp_path / "runs/b", "bottle", kinds={"good": 4, "crack": 4}, data="mvtec_ad")
+    assert main(["--runs", str(tmp_path / "runs"), "--standardise", "test"]) == 0
+    out = capsys.readouterr().out
+    blocks = re.split(r"(?m)^## ", out)[1:]
+    assert len(blocks) >= 6 and all(block.split("\n")[2].startswith("**LEAKS: ") for block in blocks)
+    expected = oracle(rows, "breakfast_box", "test")[0]["logical_anomalies"]["both"]
+    assert lines_of(out, "mvtec_loco: AUROC %")[1][5] == f"{100 * expected:.1f}"
+    report = json.loads((tmp_path / "runs/eval.json").read_text())
+    assert report["standardise"] == "test" and all(t["banner"].startswith("LEAKS") for t in report["tables"])
+    main(["--runs", str(tmp_path / "runs")])
+    assert "LEAKS" not in capsys.readouterr().out
+
+
+def test_json_holds_records_and_unrounded_tables(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / f"runs/{seed}", seed=seed)
+    assert main([str(tmp_path / "runs/0"), str(tmp_path / "runs"), "--json", str(tmp_path / "out/x.json")]) == 0
+    report = json.loads((tmp_path / "out/x.json").read_text())
+    logical = [r["both"]["logical"] for r in report["records"]]
+    assert len(logical) == 2 and not (tmp_path / "runs/eval.json").exists()   # a run named twice counts once
+    cell = report["tables"][0]["rows"][0][5]
+    assert cell == {"mean": pytest.approx(np.mean(logical)), "std": pytest.approx(np.std(logical, ddof=1)), "seeds": 2}
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--runs", "none"], "python ladmim.py train --category"), ([], "python ladmim.py train --category"),
+    (["nowhere"], "nowhere: no such folder"), (["empty"], "no runs under empty"), (["--standardise", "tset"], "tset"),
+    (["--what"], "--what"), (["runs", "--json", "precious.json"], "precious.json"), (["runs", "--json", "empty"], "empty")])
+def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "precious.json").write_text("{}")
+    if "runs" in arguments:
+        make_run(tmp_path / "runs/a")
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and len(err.splitlines()) == 1 and word in err
+    assert (tmp_path / "precious.json").read_text() == "{}"
+
+
+def edit(name, change):
+    def apply(folder):
+        text = (folder / name).read_text()
+        (folder / name).write_text(change(text))
+    return apply
+
+
+def only(*keep):
+    def apply(folder):
+        with open(folder / "scores.csv", newline="") as file:
+            rows = list(csv.reader(file))[1:]
+        write_rows(folder, [r for r in rows if r[1] == "validation" and "validation" in keep or r[1] == "test" and r[2] in keep])
+    return apply
+
+
+BROKEN = {
+    "unfinished": (lambda f: (f / "scores.csv").unlink(), "is unfinished"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json can't be read"),
+    "cut config": (edit("config.json", lambda t: t[:40]), "config.json is not JSON"),
+    "config without seed": (edit("config.json", lambda t: t.replace('"seed"', '"sead"')), "no valid 'seed'"),
+    "config of another shape": (edit("config.json", lambda t: "[1]"), "no valid 'data'"),
+    "empty scores": (edit("scores.csv", lambda t: ""), "scores.csv is truncated"),
+    "header alone": (edit("scores.csv", lambda t: t.split("\n")[0] + "\n"), "scores.csv is truncated"),
+    "cut within a number": (edit("scores.csv", lambda t: t[:-3]), "scores.csv is truncated"),
+    "cut within a row": (edit("scores.csv", lambda t: t[:-12] + "\n"), "line 52 is truncated"),
+    "other columns": (edit("scores.csv", lambda t: t.replace("s_hvq", "hvq", 1)), "scores.csv is truncated or no table"),
+    "bytes": (lambda f: (f / "scores.csv").write_bytes(b"\xff\x00\xfe"), "can't be read"),
+    "NaN": (edit("scores.csv", lambda t: re.sub(r"-?\d+\.\d+,0\.0\n$", "nan,0.0\n", t)), "line 52 holds a score that is NaN"),
+    "wrong label": (edit("scores.csv", lambda t: t.replace("good,0", "good,1", 1)), "line 2: split, kind, label"),
+    "repeated row": (edit("scores.csv", lambda t: t + t.split("\n")[1] + "\n"), "line 53: split, kind, label"),
+    "no anomalies": (only("validation", "good"), "has 12 good images and 0 anomalies"),
+    "no good test images": (only("validation", "logical_anomalies"), "has 0 good images and 9 anomalies"),
+    "no validation": (only("good", "logical_anomalies"), "no validation normals"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_run_costs_one_line(tmp_path, capsys, name):
+    harm, word = BROKEN[name]
+    make_run(tmp_path / "runs/whole")
+    make_run(tmp_path / "runs/broken", "pushpins")
+    harm(tmp_path / "runs/broken")
+    assert main(["--runs", str(tmp_path / "runs")]) == 1
+    out, err = capsys.readouterr()
+    assert [row[0] for row in lines_of(out, "mvtec_loco: AUROC %")[1:]] == ["breakfast_box"]
+    assert err.startswith("warning: ") and len(err.splitlines()) == 1 and word in err and "runs/broken" in err
+    assert json.loads((tmp_path / "runs/eval.json").read_text())["problems"] == [err.strip().removeprefix("warning: ")]
+
+
+def test_nothing_but_broken_runs_prints_no_table(tmp_path, capsys):
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/checkpoint.pt").write_bytes(b"x")
+    assert main(["--runs", str(tmp_path / "runs")]) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_broken_category_leaves_a_multi_class_runs_others(tmp_path):
+    rows = make_run(tmp_path / "run", "all")
+    write_rows(tmp_path / "run", [r for r in rows if not (r[0].startswith("pushpins/test") and r[3])])
+    records, problems = evaluate_runs([tmp_path / "run"])
+    assert [r["category"] for r in records] == [c for c in CATEGORIES if c != "pushpins"]
+    assert len(problems) == 1 and "no AUROC for pushpins" in problems[0]
+
+
+# The table at the end of a training run
+
+def test_run_table(tmp_path):
+    rows = make_run(tmp_path / "one", data="twin", rendered=True)
+    table = run_table(tmp_path / "one")
+    assert table.startswith("## twin (rendered twin, not MVTec's photos), one: AUROC %")
+    expected = oracle(rows, "breakfast_box")[0]
+    found = {r[1]: r[2:4] for r in lines_of(table, "one")[1:]}
+    for label, detector in (("HVQ alone", "hvq"), ("MIM alone", "mim"), ("both", "both")):
+        assert found[label] == [f"{100 * expected[f'{k}_anomalies'][detector]:.1f}" for k in ("logical", "structural")]
+    make_run(tmp_path / "many", "all")
+    assert [r[0] for r in lines_of(run_table(tmp_path / "many"), "many")[1:]] == \
+        [name for name in (*CATEGORIES, "mean of 5") for _ in range(3)]
+
+
+def test_run_table_without_anomalies_says_so(tmp_path):
+    make_run(tmp_path / "own", "part", kinds={"good": 5}, data="own")
+    assert "no AUROC for part, whose test split has 5 good images and 0 anomalies" in run_table(tmp_path / "own")
+    make_run(tmp_path / "bare", "part", kinds={}, data="own")
+    assert "0 good images and 0 anomalies" in run_table(tmp_path / "bare")
