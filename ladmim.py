@@ -644,9 +644,13 @@ def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> Calibration:
     return found
 
 
-def score_photos(hvq: HVQ, mim: ViT, cfg: Config, h0, n: int, device, batch: int = 8) -> list[np.ndarray]:
+def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
+    """The M masks (M, N) that every photo of a run is scored with."""
+    return draw_masks(cfg, cfg.masks, seeded(seed, "scoring masks"), scoring=True).to(device)
+
+
+def score_photos(hvq: HVQ, mim: ViT, cfg: Config, h0, n: int, masks, batch: int = 8) -> list[np.ndarray]:
     """`score` over n photos, h0(index) as in training -> S_HVQ (n,), S_MIM (n,) and the maps (n, N), float32."""
-    masks = draw_masks(cfg, cfg.masks, seeded("scoring masks"), scoring=True).to(device)
     progress, found = Progress("scoring", n, "photos"), []
     for index in torch.arange(n).split(batch):
         found.append([part.float().cpu() for part in score(hvq, mim, cfg, h0(index), masks)])
@@ -702,16 +706,17 @@ def find_data(args) -> tuple[Path, list[str]]:
         names = data.SCENES if args.category == "all" else args.category.split(",")
         for name in names:
             if not (root / name).is_dir():
-                data.render(root, name, data.COUNTS)
+                data.render(root, name)
     names = data.list_categories(root) if args.category == "all" else args.category.split(",")
     return root, sorted(set(names))
 
 
 def train(args):
     """The whole of it: photos, features, both stages, scores, table."""
+    device = pick_device(args.device)
+    args.preset = args.preset or ("fast" if device.type == "cuda" else "tiny")
     cfg = Config(**PRESETS[args.preset] | {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
                                            if getattr(args, f.name) is not None})
-    device = pick_device(args.device)
     root, names = find_data(args)
     rendered = any((root / name / data.RENDERED_MARK).exists() for name in names)
     photos = [photo for name in names for photo in data.find_photos(root, name, args.seed)]
@@ -719,7 +724,6 @@ def train(args):
     print(f"data: {RENDERED if rendered else root}\n{data.count_table(photos)}")
     for warning in data.check_photos(photos, root):
         print(f"warning: {warning}", file=sys.stderr)
-    n = sum(photo.split == "train" for photo in photos)
 
     pdn, found = load_pdn(cfg.pdn, args.seed)
     print(f"backbone: {found}; device: {device}", flush=True)
@@ -727,10 +731,20 @@ def train(args):
     d0, key = pdn[-1].out_channels, hashlib.blake2b(digest_size=16)
     for weight in pdn.state_dict().values():
         key.update(weight.cpu().contiguous().numpy().tobytes())
-    progress = Progress("features", len(photos), "photos")
-    features = data.cached_features(
-        [photo.path for photo in photos], cfg.image_size, f"{key.hexdigest()}-{cfg.grid}",
-        lambda images: extract(pdn, images.to(device), cfg.grid).cpu(), Path(args.cache), (cfg.grid ** 2, d0), progress=progress)
+    def features_of(photos):
+        return data.cached_features(
+            [photo.path for photo in photos], cfg.image_size, f"{key.hexdigest()}-{cfg.grid}",
+            lambda images: extract(pdn, images.to(device), cfg.grid).cpu(), Path(args.cache), (cfg.grid ** 2, d0),
+            progress=Progress("features", len(photos), "photos"))
+
+    try:
+        features = features_of(photos)
+    except data.BadPhotos as error:                  # every bad photo costs a line, not the run
+        for reason in error.reasons.values():
+            print(f"warning: {reason}", file=sys.stderr)
+        photos = [photo for photo in photos if photo.path not in error.reasons]
+        features = features_of(photos)
+    n = sum(photo.split == "train" for photo in photos)
     if features.nbytes < 2 ** 33:                    # more stays where it is, and travels batch by batch
         features = features.to(device)
     mean, std = channel_statistics(features, n)
@@ -749,7 +763,8 @@ def train(args):
     if run.state["stage"] != "done":
         began = time.monotonic()
         tested = photos[n:]
-        scores = score_photos(hvq, mim, cfg, standardised(features, mean, std, n, device), len(tested), device)
+        scores = score_photos(hvq, mim, cfg, standardised(features, mean, std, n, device), len(tested),
+                              scoring_masks(cfg, args.seed, device))
         write_scores(run, root, tested, scores)
         run.log(stage="score", photos=len(tested), seconds=round(time.monotonic() - began, 3))
         run.save(stage="done", optimizer=None)
@@ -792,16 +807,15 @@ class Detector:
     mim: ViT
     mean: torch.Tensor
     std: torch.Tensor
+    masks: torch.Tensor
     calibration: Calibration
-    device: torch.device
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray):
         """images (B, H, W, 3) uint8, as data.load_image gives them -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat
         map (B, N), the sum of both standardised maps."""
-        h0 = (extract(self.pdn, torch.from_numpy(images).to(self.device), self.cfg.grid) - self.mean) / self.std
-        masks = draw_masks(self.cfg, self.cfg.masks, seeded("scoring masks"), scoring=True).to(self.device)
-        s_hvq, s_mim, hvq_map, mim_map = (part.cpu().numpy() for part in score(self.hvq, self.mim, self.cfg, h0, masks))
+        h0 = (extract(self.pdn, torch.from_numpy(images).to(self.mean.device), self.cfg.grid) - self.mean) / self.std
+        s_hvq, s_mim, hvq_map, mim_map = (part.cpu().numpy() for part in score(self.hvq, self.mim, self.cfg, h0, self.masks))
         c = self.calibration
         heat = (hvq_map - c.hvq_map[0]) / c.hvq_map[1] + (mim_map - c.mim_map[0]) / c.mim_map[1]
         return (s_hvq - c.hvq[0]) / c.hvq[1], (s_mim - c.mim[0]) / c.mim[1], c.combine(s_hvq, s_mim), heat
@@ -824,7 +838,8 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     for model in (pdn, hvq, mim):
         model.to(device).eval().requires_grad_(False)
     calibration = Calibration(**state["calibration"][category or known[0]])
-    return Detector(cfg, pdn, hvq, mim, state["mean"].to(device), state["std"].to(device), calibration, device)
+    return Detector(cfg, pdn, hvq, mim, state["mean"].to(device), state["std"].to(device),
+                    scoring_masks(cfg, state["config"]["seed"], device), calibration)
 
 
 def predict(args) -> int:
@@ -894,7 +909,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--category", help="where the run knows several")
     p.add_argument("--heatmap", metavar="DIR", help="write heat maps there")
     p.add_argument("--json", action="store_true", help="one JSON object a line")
-    p.add_argument("--device", choices=("cpu", "cuda"))
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     return parser
 
 
