@@ -19,6 +19,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -67,7 +68,7 @@ class Config:
     hvq_epochs: int = 1000
     hvq_batch: int = 16
     hvq_lr: float = 1e-4
-    hvq_score: str = choice("mean", "mean", "max")
+    hvq_score: str = choice("mean", "mean", "max", "calibrated")
 
     mim_width: int = 512
     mim_blocks: int = 4
@@ -84,14 +85,15 @@ class Config:
     score_ratio: float = 230 / 576
     score_block: float = 92 / 576
     masks: int = 64                                  # M
+    mim_score: str = choice("mean", "mean", "calibrated")
 
 
 PRESETS = {
     "paper": {},
     "fast": dict(hvq_epochs=200, hvq_lr=4e-4, mim_epochs=150, mim_warmup=10, mim_lr=3e-4, hvq_score="max"),
-    "tiny": dict(grid=12, codes=128, code_dim=32, hvq_width=128, hvq_heads=4, hvq_dropout=0.0, hvq_epochs=60, hvq_lr=1e-3,
-                 mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0, mim_epochs=60, mim_warmup=4, mim_lr=1e-3, masks=32,
-                 hvq_score="max"),
+    "tiny": dict(grid=12, codes=32, code_dim=32, hvq_width=128, hvq_heads=4, hvq_dropout=0.0, codebook="ema", hvq_epochs=40,
+                 hvq_lr=1e-3, hvq_score="calibrated", mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0, mim_epochs=70,
+                 mim_warmup=4, mim_lr=1e-3, masks=32, mim_score="calibrated"),
 }
 
 
@@ -443,19 +445,19 @@ class Progress:
         print(f"\r{line[:118]:<118}" if tty else line, end=end, file=sys.stderr, flush=True)
 
 
-def save_file(state: dict, path: Path):
+def write_whole(path: Path, content: bytes):
     """Written beside, flushed, renamed: a kill or a full disk leaves the last good file."""
     beside = path.with_name(path.name + ".new")
     try:
         with open(beside, "wb") as file:
-            torch.save(state, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:         # torch.save reports a full disk as RuntimeError
+    except OSError as error:
         beside.unlink(missing_ok=True)
-        raise InputError(f"{path}: could not be saved ({error}); the last checkpoint is intact, free some space and "
-                         "run the same command again") from None
+        raise InputError(f"{path}: could not be saved ({error.strerror}); what was saved before is intact: free some space "
+                         "and run the same command again") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -491,7 +493,9 @@ class Run:
 
     def save(self, **news):
         self.state.update(news)
-        save_file(self.state, self.folder / "checkpoint.pt")
+        content = io.BytesIO()
+        torch.save(self.state, content)
+        write_whole(self.folder / "checkpoint.pt", content.getbuffer())
         self.saved = time.monotonic()
 
     def write_metrics(self):
@@ -603,45 +607,64 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
 # Scoring
 
 @torch.inference_mode()
-def score(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 2 ** 27):
-    """h0 (B, N, d0), masks (M, N) -> S_HVQ (B,), S_MIM (B,), and where they come from, each (B, N): the squared error of
-    every token, and the mean error of the masks that cover it. budget: bytes that one activation of the ViT may take."""
+def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 2 ** 27):
+    """What the detectors fail at. h0 (B, N, d0), masks (M, N) -> each token's squared error (B, N) and each mask's L1
+    distance (B, M), equation 12. budget: bytes that one activation of the ViT may take."""
     rebuilt, codes = hvq(h0)
-    error = (h0 - rebuilt).square().mean(-1)                                      # (B, N)
-    if cfg.hvq_score == "max":
+    step, codes = max(1, budget // (len(h0) * h0.shape[1] * cfg.mim_width * 4)), codes.to(torch.int16)
+    l1 = torch.cat([histogram_l1(mim(h0, part), codes, part).sum(-1) for part in masks.split(step)], 1)
+    return (h0 - rebuilt).square().mean(-1), l1
+
+
+def normal_statistics(values: torch.Tensor) -> torch.Tensor:
+    """values (n, m) of n training normals -> mean and std of each column, (2, m). Half of a column's std is its own, half
+    the average column's, so that a token that hardly varies does not shout."""
+    std = values.std(0, correction=0)
+    return torch.stack([values.mean(0), (std + std.mean()) / 2])
+
+
+def detect(cfg: Config, error: torch.Tensor, l1: torch.Tensor, masks: torch.Tensor, normal: dict):
+    """error (B, N), l1 (B, M), masks (M, N), normal: `normal_statistics` of "tokens" and "masks" where they are asked for.
+    -> S_HVQ (B,), S_MIM (B,), and where they come from, each (B, N).
+
+    S_HVQ is the mean over the tokens, the largest 3x3 mean, or (calibrated) the largest error in its own token's standard
+    deviations. S_MIM is the mean over the masks or (calibrated) the mean of the largest eighth, each in its own standard
+    deviations: a local fault shows in few masks.
+    """
+    if cfg.hvq_score == "calibrated":
+        error = (error - normal["tokens"][0]) / normal["tokens"][1]
+        s_hvq = error.amax(1)
+    elif cfg.hvq_score == "max":
         smooth = F.avg_pool2d(error.unflatten(1, (cfg.grid, -1))[:, None], 3, 1, 1, count_include_pad=False)
-        s_hvq = smooth.flatten(1).max(1).values
+        s_hvq = smooth.flatten(1).amax(1)
     else:
         s_hvq = error.mean(1)
-    step = max(1, budget // (len(h0) * h0.shape[1] * cfg.mim_width * 4))
-    l1 = torch.cat([histogram_l1(mim(h0, part), codes.to(torch.int16), part).sum(-1) for part in masks.split(step)], 1)
-    mim_map = l1 @ masks.float() / masks.sum(0).clamp(min=1)                      # (B, M) -> (B, N)
-    return s_hvq, l1.mean(1), error, mim_map
+    if cfg.mim_score == "calibrated":
+        l1 = (l1 - normal["masks"][0]) / normal["masks"][1]
+        s_mim = l1.topk(max(1, len(masks) // 8), 1).values.mean(1)
+    else:
+        s_mim = l1.mean(1)
+    seen = masks.to(l1.dtype)
+    return s_hvq, s_mim, error, l1 @ seen / seen.sum(0).clamp(min=1)
 
 
-@dataclass
-class Calibration:
-    """Means and standard deviations over the validation normals of one category, never over test photos."""
-    hvq: tuple[float, float]
-    mim: tuple[float, float]
-    hvq_map: tuple[float, float]
-    mim_map: tuple[float, float]
-    threshold: float                                 # 95th percentile of the final score
-
-    def combine(self, s_hvq, s_mim):
-        """S = S'_HVQ + S'_MIM, each standardised."""
-        return (s_hvq - self.hvq[0]) / self.hvq[1] + (s_mim - self.mim[0]) / self.mim[1]
-
-
-def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> Calibration:
-    """Each an array over the validation normals; a floor of 1 % of the mean keeps one lone photo from dividing by 0."""
+def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> dict:
+    """Mean and standard deviation of scores and maps over the validation normals of one category, never over test
+    photos, and the 95th percentile of the final score. A floor of 1 % of the mean keeps one lone photo from dividing by
+    zero."""
     def moments(values):
-        values = np.asarray(values, np.float64)
-        return float(values.mean()), float(max(values.std(), 0.01 * abs(values.mean()), 1e-12))
+        values = values.double()
+        return [float(values.mean()), float(max(values.std(correction=0), 0.01 * values.mean().abs(), 1e-12))]
 
-    found = Calibration(moments(s_hvq), moments(s_mim), moments(hvq_map), moments(mim_map), 0.0)
-    found.threshold = float(np.quantile(found.combine(s_hvq, s_mim), 0.95))
+    found = {"hvq": moments(s_hvq), "mim": moments(s_mim), "hvq_map": moments(hvq_map), "mim_map": moments(mim_map)}
+    found["threshold"] = float(combine(found, s_hvq, s_mim).double().quantile(0.95))
     return found
+
+
+def combine(calibration: dict, s_hvq, s_mim, part=""):
+    """S = S'_HVQ + S'_MIM, each standardised; with part = "_map" the same of the maps."""
+    (m1, d1), (m2, d2) = calibration["hvq" + part], calibration["mim" + part]
+    return (s_hvq - m1) / d1 + (s_mim - m2) / d2
 
 
 def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
@@ -649,13 +672,14 @@ def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
     return draw_masks(cfg, cfg.masks, seeded(seed, "scoring masks"), scoring=True).to(device)
 
 
-def score_photos(hvq: HVQ, mim: ViT, cfg: Config, h0, n: int, masks, batch: int = 8) -> list[np.ndarray]:
-    """`score` over n photos, h0(index) as in training -> S_HVQ (n,), S_MIM (n,) and the maps (n, N), float32."""
-    progress, found = Progress("scoring", n, "photos"), []
-    for index in torch.arange(n).split(batch):
-        found.append([part.float().cpu() for part in score(hvq, mim, cfg, h0(index), masks)])
-        progress(int(index[-1]) + 1)
-    return [torch.cat(part).numpy() for part in zip(*found)]
+def all_errors(hvq: HVQ, mim: ViT, cfg: Config, h0, index: torch.Tensor, masks, batch: int = 8):
+    """`errors` of the photos numbered by index, h0(index) as in training, on the CPU."""
+    progress, found, done = Progress("scoring", len(index), "photos"), [], 0
+    for part in index.split(batch):
+        found.append([values.float().cpu() for values in errors(hvq, mim, cfg, h0(part), masks)])
+        done += len(part)
+        progress(done)
+    return [torch.cat(values) for values in zip(*found)]
 
 
 # Command line
@@ -674,10 +698,11 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def standardised(features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, offset: int, device):
-    """-> h0(index): the features (B, N, d0) of photos offset + index, each channel by the training set's statistics."""
+def standardised(features: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, device):
+    """-> h0(index): the features (B, N, d0) of the photos numbered by index, each channel by the training set's
+    statistics."""
     mean, std = mean.to(device), std.to(device)
-    return lambda index: (features[index + offset].to(device).float() - mean) / std
+    return lambda index: (features[index].to(device).float() - mean) / std
 
 
 def channel_statistics(features, n: int, batch: int = 64):
@@ -757,34 +782,39 @@ def train(args):
         raise InputError(f"{run.folder}: the training photos or the backbone changed since this run began; choose another "
                          "--out or delete the folder")
     run.state.update(pdn=pdn.state_dict(), mean=mean, std=std)
-    h0 = standardised(features, mean, std, 0, device)
+    h0 = standardised(features, mean, std, device)
     hvq = train_hvq(run, cfg, h0, n, device)
     mim = train_mim(run, cfg, hvq, h0, n, device)
     if run.state["stage"] != "done":
-        began = time.monotonic()
-        tested = photos[n:]
-        scores = score_photos(hvq, mim, cfg, standardised(features, mean, std, n, device), len(tested),
-                              scoring_masks(cfg, args.seed, device))
-        write_scores(run, root, tested, scores)
-        run.log(stage="score", photos=len(tested), seconds=round(time.monotonic() - began, 3))
-        run.save(stage="done", optimizer=None)
+        write_scores(run, cfg, root, photos, hvq, mim, h0, device)
     report(run)
 
 
-def write_scores(run: Run, root: Path, photos, scores):
-    """Calibrates every category on its validation normals and writes scores.csv."""
-    rows, calibrations = [], {}
+def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, h0, device):
+    """Scores the photos, calibrates each category on its own normals, writes scores.csv and the final checkpoint."""
+    began, masks, rows = time.monotonic(), scoring_masks(cfg, run.seed, device), []
+    calibrated = "calibrated" in (cfg.hvq_score, cfg.mim_score)
+    index = torch.tensor([i for i, photo in enumerate(photos) if calibrated or photo.split != "train"])
+    error, l1 = all_errors(hvq, mim, cfg, h0, index, masks)
+    scored = [photos[i] for i in index]
+    run.state["calibration"] = {}
     for name in sorted({photo.category for photo in photos}):
-        normal = [i for i, photo in enumerate(photos) if photo.category == name and photo.split == "validation"]
-        calibrations[name] = calibrate(*(part[normal] for part in scores))
-        for i, photo in enumerate(photos):
-            if photo.category == name:
-                s_hvq, s_mim = float(scores[0][i]), float(scores[1][i])
-                rows.append((photo.path.relative_to(root).as_posix(), photo.split, photo.kind, photo.label, f"{s_hvq:.9g}",
-                             f"{s_mim:.9g}", f"{calibrations[name].combine(s_hvq, s_mim):.9g}"))
-    with open(run.folder / "scores.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        csv.writer(file).writerows([("path", "split", "kind", "label", "s_hvq", "s_mim", "score"), *rows])
-    run.state["calibration"] = {name: dataclasses.asdict(found) for name, found in calibrations.items()}
+        train, validation, tested = (torch.tensor([i for i, photo in enumerate(scored) if photo.category == name and
+                                                   photo.split in splits], dtype=torch.long)
+                                     for splits in (("train",), ("validation",), ("validation", "test")))
+        normal = {"tokens": normal_statistics(error[train]), "masks": normal_statistics(l1[train])} if calibrated else {}
+        found = calibrate(*detect(cfg, error[validation], l1[validation], masks.cpu(), normal))
+        s_hvq, s_mim, *_ = detect(cfg, error[tested], l1[tested], masks.cpu(), normal)
+        for i, *scores in zip(tested, s_hvq, s_mim, combine(found, s_hvq.double(), s_mim.double())):
+            photo = scored[i]
+            rows.append([photo.path.relative_to(root).as_posix(), photo.split, photo.kind, photo.label,
+                         *(f"{float(value):.9g}" for value in scores)])
+        run.state["calibration"][name] = found | normal
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([["path", "split", "kind", "label", "s_hvq", "s_mim", "score"], *rows])
+    write_whole(run.folder / "scores.csv", table.getvalue().encode("utf-8", "surrogateescape"))
+    run.log(stage="score", photos=len(index), seconds=round(time.monotonic() - began, 3))
+    run.save(stage="done", optimizer=None)
 
 
 def report(run: Run):
@@ -808,17 +838,18 @@ class Detector:
     mean: torch.Tensor
     std: torch.Tensor
     masks: torch.Tensor
-    calibration: Calibration
+    calibration: dict
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray):
         """images (B, H, W, 3) uint8, as data.load_image gives them -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat
         map (B, N), the sum of both standardised maps."""
-        h0 = (extract(self.pdn, torch.from_numpy(images).to(self.mean.device), self.cfg.grid) - self.mean) / self.std
-        s_hvq, s_mim, hvq_map, mim_map = (part.cpu().numpy() for part in score(self.hvq, self.mim, self.cfg, h0, self.masks))
-        c = self.calibration
-        heat = (hvq_map - c.hvq_map[0]) / c.hvq_map[1] + (mim_map - c.mim_map[0]) / c.mim_map[1]
-        return (s_hvq - c.hvq[0]) / c.hvq[1], (s_mim - c.mim[0]) / c.mim[1], c.combine(s_hvq, s_mim), heat
+        c, device = self.calibration, self.mean.device
+        h0 = (extract(self.pdn, torch.from_numpy(images).to(device), self.cfg.grid) - self.mean) / self.std
+        found = (part.cpu() for part in errors(self.hvq, self.mim, self.cfg, h0, self.masks))
+        s_hvq, s_mim, *maps = detect(self.cfg, *found, self.masks.cpu(), c)
+        return ((s_hvq - c["hvq"][0]) / c["hvq"][1], (s_mim - c["mim"][0]) / c["mim"][1], combine(c, s_hvq, s_mim),
+                combine(c, *maps, part="_map").numpy())
 
 
 def load_detector(folder: Path, category: str | None, device: torch.device) -> Detector:
@@ -837,16 +868,15 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     mim.load_state_dict(state["mim"])
     for model in (pdn, hvq, mim):
         model.to(device).eval().requires_grad_(False)
-    calibration = Calibration(**state["calibration"][category or known[0]])
     return Detector(cfg, pdn, hvq, mim, state["mean"].to(device), state["std"].to(device),
-                    scoring_masks(cfg, state["config"]["seed"], device), calibration)
+                    scoring_masks(cfg, state["config"]["seed"], device), state["calibration"][category or known[0]])
 
 
 def predict(args) -> int:
     """One line a photo: score, verdict, and which detector saw more. Exit code 1 where a photo could not be read."""
     detector = load_detector(Path(args.run), args.category, pick_device(args.device))
     paths, bad = data.find_images([Path(p) for p in args.images]), 0
-    threshold = detector.calibration.threshold
+    threshold = detector.calibration["threshold"]
     names = data.flat_names(paths)
     if args.heatmap:
         make_folder(Path(args.heatmap), "--heatmap")

@@ -175,7 +175,7 @@ def _triton_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     with on_device(x):
         _prepare[(parts,)](*codes, doubtful, K, **sizes, num_warps=4)
         _scan[(triton.cdiv(T, 64),)](x, *codes, *rest, **sizes, BLOCK_T=64, num_warps=8, num_stages=3)
-        _redo[(min(triton.cdiv(T, 16), 1024),)](x, *codes, *rest, **sizes, BLOCK_T=16, num_warps=4, num_stages=1)
+        _redo[(min(triton.cdiv(T, 16), 1024),)](x, *codes, *rest, **sizes, BLOCK_T=16, num_warps=8, num_stages=1)
     return index, distance
 
 
