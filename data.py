@@ -546,7 +546,7 @@ def write_row(path: Path, key: str, row: np.ndarray) -> bool:
         return False
 
 
-def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int = 256, seed: int = 0):
+def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int = 256, seed: int = 1):
     import twin
     sys.modules.setdefault("data", sys.modules[__name__])
     twin.render(out, category, counts, size, seed)

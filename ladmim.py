@@ -97,6 +97,30 @@ PRESETS = {
 }
 
 
+def check_settings(cfg: Config):
+    """Raises InputError for a setting that cannot work, naming its option."""
+    for f in dataclasses.fields(cfg):
+        value, option = getattr(cfg, f.name), "--" + f.name.replace("_", "-")
+        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+            raise InputError(f"{option} {value}: must be a number from 0 up")
+        if isinstance(value, int) and value < (0 if f.name in ("hvq_epochs", "mim_epochs", "mim_warmup") else 1):
+            raise InputError(f"{option} {value}: too small")
+    for name in ("train_ratio", "train_block", "score_ratio", "score_block"):
+        if not 0 < getattr(cfg, name) <= 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share of the tokens, above 0 and at most 1")
+    for name in ("hvq", "mim"):
+        if getattr(cfg, f"{name}_width") % getattr(cfg, f"{name}_heads"):
+            raise InputError(f"--{name}-heads {getattr(cfg, f'{name}_heads')}: must divide --{name}-width")
+        if getattr(cfg, f"{name}_dropout") >= 1:
+            raise InputError(f"--{name}-dropout {getattr(cfg, f'{name}_dropout')}: must be below 1")
+    side = (cfg.image_size - 29) // 4                # of the PDN's output: 48 for 224 pixels
+    if side < 1 or side % cfg.grid:
+        raise InputError(f"--grid {cfg.grid}: must divide the backbone's {side} positions a side at --image-size "
+                         f"{cfg.image_size}")
+    if cfg.mask == "checkerboard" and cfg.grid % 12:
+        raise InputError(f"--grid {cfg.grid}: --mask checkerboard needs a multiple of 12")
+
+
 # Backbone
 
 def build_pdn(size: str) -> nn.Sequential:
@@ -736,21 +760,24 @@ def find_data(args) -> tuple[Path, list[str]]:
     return root, sorted(set(names))
 
 
-def train(args):
-    """The whole of it: photos, features, both stages, scores, table."""
+def train(args) -> int:
+    """The whole of it: photos, features, both stages, scores, table. Exit code 1 where a photo could not be read."""
     device = pick_device(args.device)
     args.preset = args.preset or ("fast" if device.type == "cuda" else "tiny")
     cfg = Config(**PRESETS[args.preset] | {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
                                            if getattr(args, f.name) is not None})
+    check_settings(cfg)
+    pdn, found = load_pdn(cfg.pdn, args.seed)
+    args.category = ",".join(sorted(set(args.category.split(","))))
     root, names = find_data(args)
     rendered = any((root / name / data.RENDERED_MARK).exists() for name in names)
     photos = [photo for name in names for photo in data.find_photos(root, name, args.seed)]
     photos.sort(key=lambda photo: ("train", "validation", "test").index(photo.split))
+    check_test_split(photos)
     print(f"data: {RENDERED if rendered else root}\n{data.count_table(photos)}")
     for warning in data.check_photos(photos, root):
         print(f"warning: {warning}", file=sys.stderr)
 
-    pdn, found = load_pdn(cfg.pdn, args.seed)
     print(f"backbone: {found}; device: {device}", flush=True)
     pdn = pdn.to(device, memory_format=torch.channels_last)
     d0, key = pdn[-1].out_channels, hashlib.blake2b(digest_size=16)
@@ -762,12 +789,16 @@ def train(args):
             lambda images: extract(pdn, images.to(device), cfg.grid).cpu(), Path(args.cache), (cfg.grid ** 2, d0),
             progress=Progress("features", len(photos), "photos"))
 
+    bad = 0
     try:
         features = features_of(photos)
     except data.BadPhotos as error:                  # every bad photo costs a line, not the run
+        bad = len(error.reasons)
         for reason in error.reasons.values():
             print(f"warning: {reason}", file=sys.stderr)
         photos = [photo for photo in photos if photo.path not in error.reasons]
+        if {"train", "validation"} - {photo.split for photo in photos}:
+            raise InputError(f"--data {root}: no readable training or validation photo is left") from None
         features = features_of(photos)
     n = sum(photo.split == "train" for photo in photos)
     if features.nbytes < 2 ** 33:                    # more stays where it is, and travels batch by batch
@@ -775,7 +806,7 @@ def train(args):
     mean, std = channel_statistics(features, n)
 
     settings = {"data": root.resolve().name, "rendered": rendered, "category": args.category, "preset": args.preset,
-                "seed": args.seed, "commit": git_commit(), "device": device.type, "torch": torch.__version__,
+                "seed": args.seed, "commit": git_commit(), "device": device.type, "torch": str(torch.__version__),
                 **dataclasses.asdict(cfg)}
     run = Run(Path(args.out or f"runs/{settings['data']}/{args.category}-{args.preset}-seed{args.seed}"), settings)
     if "mean" in run.state and not (torch.equal(run.state["mean"], mean) and torch.equal(run.state["std"], std)):
@@ -788,6 +819,17 @@ def train(args):
     if run.state["stage"] != "done":
         write_scores(run, cfg, root, photos, hvq, mim, h0, device)
     report(run)
+    return 1 if bad else 0
+
+
+def check_test_split(photos):
+    """A test split of one kind only gives no AUROC; better said now than after the training. None at all is fine: own
+    photos are often good ones only."""
+    for name in sorted({photo.category for photo in photos}):
+        labels = {photo.label for photo in photos if photo.category == name and photo.split == "test"}
+        if len(labels) == 1:
+            lacks = "anomalies: put some in test/NAME_OF_THE_DEFECT" if labels == {0} else "good photos: put some in test/good"
+            raise InputError(f"{name}: its test split has no {lacks}, or take the test folder away to train without figures")
 
 
 def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, h0, device):
@@ -845,7 +887,8 @@ class Detector:
         """images (B, H, W, 3) uint8, as data.load_image gives them -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat
         map (B, N), the sum of both standardised maps."""
         c, device = self.calibration, self.mean.device
-        h0 = (extract(self.pdn, torch.from_numpy(images).to(device), self.cfg.grid) - self.mean) / self.std
+        h0 = extract(self.pdn, torch.from_numpy(images).to(device), self.cfg.grid).half().float()  # as it is cached
+        h0 = (h0 - self.mean) / self.std
         found = (part.cpu() for part in errors(self.hvq, self.mim, self.cfg, h0, self.masks))
         s_hvq, s_mim, *maps = detect(self.cfg, *found, self.masks.cpu(), c)
         return ((s_hvq - c["hvq"][0]) / c["hvq"][1], (s_mim - c["mim"][0]) / c["mim"][1], combine(c, s_hvq, s_mim),
@@ -916,8 +959,13 @@ def draw_heat(path: Path, heat: np.ndarray, grid: int) -> Image.Image:
     return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ladmim.py", description="Logical anomaly detection with masked image modeling.")
+    parser = Parser(prog="ladmim.py", description="Logical anomaly detection with masked image modeling.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("train", help="train both detectors on good photos, score validation and test photos")

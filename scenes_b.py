@@ -154,7 +154,7 @@ def mesh(scene):
     """Cuts the background into expanded metal: rounded wires where |cos u + cos v| is small, and between them staggered
     diamond holes."""
     n, rng = scene.side, scene.rng
-    angle, k = rng.normal(0, 0.06), 2 * math.pi / (0.075 * n)
+    angle, k = rng.normal(0, 0.01), 2 * math.pi / (0.075 * n)
     c, s = k * math.cos(angle), k * math.sin(angle)
     x, y = np.arange(n, dtype=np.float32), np.arange(n, dtype=np.float32)[:, None]
     a, b = np.cos(c * x - s * y + rng.uniform(0, 6.3)), np.cos(s * x + c * y + rng.uniform(0, 6.3))     # (n, n) each
@@ -203,7 +203,7 @@ def cable_path(rng, places, clamps, rows):
     start, end = [lying([(side * 0.14, (row - (n - 1) / 2) * PITCH)], centre, angle, 0.5)[0]
                   for (centre, angle, side), n, row in zip(places, clamps, rows)]
     t = np.linspace(0, 1, 40)[:, None]
-    sag = rng.normal(0.02, 0.015) * np.sin(np.pi * t) + rng.normal(0, 0.015) * np.sin(2 * np.pi * t)
+    sag = rng.normal(0.02, 0.008) * np.sin(np.pi * t) + rng.normal(0, 0.008) * np.sin(2 * np.pi * t)
     return start + t * (end - start) + (0, 1) * sag
 
 
@@ -229,8 +229,8 @@ def splicing_connectors(scene, fault=None):
     mesh(scene)
     n, hit = int(rng.choice((2, 3, 5))), rng.integers(2)                             # hit: the side with the fault
     (row, other), odd = rng.permutation(n)[:2], int(rng.choice([m for m in CABLES if m != n]))
-    places = [((0.19 + rng.normal(0, 0.01), 0.47 + rng.normal(0, 0.02)), rng.normal(0, 2.5), 1),
-              ((0.80 + rng.normal(0, 0.01), 0.51 + rng.normal(0, 0.03)), rng.normal(0, 2.5), -1)]
+    places = [((0.19 + rng.normal(0, 0.008), 0.48 + rng.normal(0, 0.012)), rng.normal(0, 1.5), 1),
+              ((0.80 + rng.normal(0, 0.008), 0.50 + rng.normal(0, 0.012)), rng.normal(0, 1.5), -1)]
     clamps, cables, colour = [n, n], [(row, row)], np.array(CABLES[n]) * rng.normal(1, 0.08)
     if fault == "wrong_cable_colour":
         colour = np.array(CABLES[odd]) * rng.normal(1, 0.08)
@@ -292,8 +292,8 @@ SWAPS = {"missing_washer": ("washer", None), "additional_washer": (None, "washer
          "additional_nut": (None, "nut"), "missing_long_bolt": ("long_bolt", None),
          "missing_short_bolt": ("short_bolt", None), "additional_bolt": (None, "short_bolt"),
          "two_long_bolts": ("short_bolt", "long_bolt"), "two_short_bolts": ("long_bolt", "short_bolt")}
-SHANK = {"long_bolt": 0.33, "short_bolt": 0.21}                                      # length in heights of the photo
-ROUND = {"washer": (CIRCLE * 0.053, CIRCLE * 0.036), "nut": (CIRCLE[::10] * 0.056, CIRCLE * 0.028)}     # outline, bore
+SHANK = {"long_bolt": 0.36, "short_bolt": 0.20}                                      # length in heights of the photo
+ROUND = {"washer": (CIRCLE * 0.062, CIRCLE * 0.042), "nut": (CIRCLE[::10] * 0.064, CIRCLE * 0.032)}     # outline, bore
 THREADS = [(0.75, 0.50, 0.12), (0.10, 0.10, 0.11), (0.62, 0.28, 0.16)]               # brass, black, copper
 DIRT = [(0.36, 0.21, 0.08), (0.42, 0.10, 0.08), (0.10, 0.28, 0.36)]
 
@@ -330,7 +330,7 @@ def hardware(scene, kind, centre, angle, fault):
     def silhouette():
         return union(part(head), part(shank)) if end else part(*ROUND[kind])
 
-    zinc, steel = np.array((0.66, 0.70, 0.74)) * rng.normal(1, 0.05), np.array((0.66, 0.66, 0.56)) * rng.normal(1, 0.05)
+    zinc, steel = np.array((0.66, 0.70, 0.74)) * rng.normal(1, 0.03), np.array((0.66, 0.66, 0.56)) * rng.normal(1, 0.03)
     end = SHANK.get(kind, 0) / 2
     head, shank = slab(0.05, 0.088) - (end, 0), slab(2 * end, 0.042)
     if fault == "broken_part":
@@ -371,12 +371,12 @@ def bag(scene):
     film = polygon(scene, corners)
     folds = np.tanh(2.5 * noise(rng, n, n, n / 4.5) + 0.6 * noise(rng, n, n, n / 14))
     stamp(scene, film, (0.08, 0.08, 0.095), grain=0)
-    stamp(scene, common(film, Image.fromarray(np.uint8(127 + 127 * folds))), (0.23, 0.22, 0.20), grain=0.03)
+    stamp(scene, common(film, Image.fromarray(np.uint8(127 + 127 * folds))), (0.12, 0.118, 0.115), grain=0.03)
     for corner in corners[[0, 0, 1, 2, 3, 3]]:                                       # creases run in from the corners
         end = rng.uniform(0.25, 0.7, 2)
         crease = curve(corner, (corner + end) / 2 + rng.normal(0, 0.06, 2), end)
         crease = common(film, stroke(scene, crease, rng.uniform(0.004, 0.012)))
-        stamp(scene, crease, (0.45, 0.44, 0.42), grain=0, alpha=rng.uniform(0.1, 0.4))
+        stamp(scene, crease, (0.45, 0.44, 0.42), grain=0, alpha=rng.uniform(0.05, 0.2))
     rim = np.linspace(corners, np.roll(corners, -1, 0), 12, axis=1) + rng.normal(0, 0.001, (4, 12, 2))
     stamp(scene, strokes(scene, rim, 0.005), (0.40, 0.39, 0.38), grain=0, alpha=0.5)
     stamp(scene, stroke(scene, [(0.782, 0.115), (0.786, 0.89)], 0.016), (0.62, 0.62, 0.64), bulge=0.6, alpha=0.6)

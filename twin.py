@@ -237,7 +237,7 @@ def refusal(message):
 COUNTS = {"train": 100, "validation": 30, "good": 40, "logical_anomalies": 40, "structural_anomalies": 40}
 
 
-def render(out: Path, category: str, counts: dict, size: int = 256, seed: int = 0):
+def render(out: Path, category: str, counts: dict, size: int = 256, seed: int = 1):
     """Writes the rendered twin of one category, out/category, in MVTec LOCO's layout.
 
     counts: photos by "train", "validation", "good", "logical_anomalies", "structural_anomalies" (COUNTS where left

@@ -63,7 +63,7 @@ def _nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor
 
 @_nearest_code.register_fake
 def _(x, codebook):
-    return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)
+    return x.new_empty(x.shape[0], dtype=torch.int64), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
 # ---- torch

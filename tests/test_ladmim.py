@@ -1,13 +1,16 @@
 """The model, its masks, training, scoring and command line."""
+import contextlib
+import csv
 import dataclasses
+import io
 import json
 import math
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import ladmim
@@ -275,47 +279,303 @@ def test_order_of_codes_inside_a_mask_changes_no_loss():
 
 # Scoring
 
+def scored(cfg, h0, normal=None, **options):
+    hvq, mim = models(cfg)
+    masks = ladmim.draw_masks(cfg, 5, ladmim.seeded(0), scoring=True)
+    return ladmim.detect(cfg, *ladmim.errors(hvq, mim, cfg, h0, masks, **options), masks, normal)
+
+
 def test_scores_do_not_depend_on_the_batch_or_the_memory_budget():
-    hvq, mim = models()
-    h0, masks = features(7), ladmim.draw_masks(SMALL, 5, ladmim.seeded(0), scoring=True)
-    whole = ladmim.score(hvq, mim, SMALL, h0, masks)
-    single = [torch.cat(parts) for parts in zip(*(ladmim.score(hvq, mim, SMALL, h0[i:i + 1], masks) for i in range(7)))]
-    tight = ladmim.score(hvq, mim, SMALL, h0, masks, budget=1)
+    h0 = features(7)
+    whole, tight = scored(SMALL, h0), scored(SMALL, h0, budget=1)
+    single = [torch.cat(parts) for parts in zip(*(scored(SMALL, h0[i:i + 1]) for i in range(7)))]
     for a, b, c in zip(whole, single, tight):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["mean", "max"])
-def test_score_against_a_plain_loop(kind):
-    cfg = dataclasses.replace(SMALL, hvq_score=kind)
+@pytest.mark.parametrize("hvq_score, mim_score", [("mean", "mean"), ("max", "mean"), ("calibrated", "calibrated")])
+def test_score_against_a_plain_loop(hvq_score, mim_score):
+    cfg = dataclasses.replace(SMALL, hvq_score=hvq_score, mim_score=mim_score)
     hvq, mim = models(cfg)
     h0, masks = features(2), ladmim.draw_masks(cfg, 5, ladmim.seeded(0), scoring=True)
-    s_hvq, s_mim, hvq_map, mim_map = ladmim.score(hvq, mim, cfg, h0, masks)
+    normal = {"tokens": torch.rand(2, 36) + 0.5, "masks": torch.rand(2, 5) + 0.5}
+    s_hvq, s_mim, hvq_map, mim_map = scored(cfg, h0, normal)
     for b in range(2):
         rebuilt, codes = hvq(h0[b:b + 1])
-        error = ((h0[b] - rebuilt[0]) ** 2).mean(-1).view(6, 6)
-        torch.testing.assert_close(hvq_map[b], error.flatten())
-        smooth = torch.stack([error[max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean() for i in range(6) for j in range(6)])
-        torch.testing.assert_close(s_hvq[b], error.mean() if kind == "mean" else smooth.max())
+        error = ((h0[b] - rebuilt[0]) ** 2).mean(-1)
         losses = torch.zeros(5)
         for m in range(5):
             p = mim(h0[b:b + 1], masks[m:m + 1]).softmax(-1)[0, 0]
             for level in range(4):
                 q = torch.bincount(codes[0, level][masks[m]], minlength=16) / masks[m].sum()
                 losses[m] += (p[level] - q).abs().sum()
-        torch.testing.assert_close(s_mim[b], losses.mean())
+        if hvq_score == "calibrated":
+            error = (error - normal["tokens"][0]) / normal["tokens"][1]
+            losses = (losses - normal["masks"][0]) / normal["masks"][1]
+        torch.testing.assert_close(hvq_map[b], error)
+        square = error.view(6, 6)
+        smooth = [square[max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean() for i in range(6) for j in range(6)]
+        expected = {"mean": error.mean(), "max": max(smooth), "calibrated": error.max()}[hvq_score]
+        torch.testing.assert_close(s_hvq[b], expected)
+        torch.testing.assert_close(s_mim[b], losses.mean() if mim_score == "mean" else losses.max())
         for token in range(36):
             cover = masks[:, token]
             torch.testing.assert_close(mim_map[b, token], losses[cover].mean() if cover.any() else torch.zeros(()))
 
 
-def test_calibration_uses_validation_normals_only_and_survives_one_photo():
+def test_normal_statistics():
+    values = np.random.default_rng(0).normal(2, 3, (50, 4))
+    mean, std = ladmim.normal_statistics(torch.from_numpy(values))
+    np.testing.assert_allclose(mean, values.mean(0))
+    np.testing.assert_allclose(std, (values.std(0) + values.std(0).mean()) / 2)
+
+
+def test_calibration_is_that_of_the_validation_normals_and_survives_one_photo():
+    rng = torch.Generator().manual_seed(0)
+    s_hvq, s_mim = 3 + 2 * torch.randn(50, generator=rng).double(), torch.randn(50, generator=rng).double() / 10 - 1
+    maps = torch.randn(2, 50, 9, generator=rng)
+    found = ladmim.calibrate(s_hvq, s_mim, *maps)
+    a, b = s_hvq.numpy(), s_mim.numpy()
+    total = (a - a.mean()) / a.std() + (b - b.mean()) / b.std()
+    np.testing.assert_allclose(ladmim.combine(found, s_hvq, s_mim), total)
+    assert (total > found["threshold"]).mean() == pytest.approx(0.06)            # 3 of 50 lie above the 95th percentile
+    lone = ladmim.calibrate(s_hvq[:1], s_mim[:1], *maps[:, :1])
+    assert math.isfinite(ladmim.combine(lone, 5.0, 5.0))
+
+
+# Training and the command line
+
+def make_photos(root, category="widgets", train=12, validation=4, good=4, bad=4):
+    """A LOCO-shaped category of 64-pixel photos: a bright square on the left of a noisy ground; the anomaly has it on the
+    right."""
     rng = np.random.default_rng(0)
-    s_hvq, s_mim = rng.normal(3, 2, 50), rng.normal(-1, 0.1, 50)
-    found = ladmim.calibrate(s_hvq, s_mim, rng.normal(size=(50, 9)), rng.normal(size=(50, 9)))
-    total = (s_hvq - s_hvq.mean()) / s_hvq.std() + (s_mim - s_mim.mean()) / s_mim.std()
-    np.testing.assert_allclose(found.combine(s_hvq, s_mim), total)
-    assert (total > found.threshold).mean() == pytest.approx(0.06)               # 3 of 50 lie above the 95th percentile
-    lone = ladmim.calibrate(s_hvq[:1], s_mim[:1], np.ones((1, 9)), np.ones((1, 9)))
-    assert np.isfinite(lone.combine(5.0, 5.0))
+    for split, kind, n in (("train", "good", train), ("validation", "good", validation), ("test", "good", good),
+                           ("test", "logical_anomalies", bad), ("test", "structural_anomalies", bad)):
+        folder = root / category / split / kind
+        folder.mkdir(parents=True)
+        for i in range(n):
+            photo = rng.integers(40, 70, (64, 64, 3), dtype=np.uint8)
+            x = 8 if kind != "logical_anomalies" else 40
+            photo[24:40, x:x + 16] = (220, 160, 40)
+            if kind == "structural_anomalies":
+                photo[50:60, 4:20] = (20, 30, 240)
+            Image.fromarray(photo).save(folder / f"{i:03}.png")
+    return root
+
+
+QUICK = ["--preset", "tiny", "--grid", "6", "--codes", "8", "--code-dim", "8", "--hvq-width", "32", "--hvq-heads", "2", "--mim-width", "32",
+         "--mim-heads", "2", "--mim-blocks", "2", "--masks", "4", "--hvq-epochs", "3", "--mim-epochs", "3", "--device", "cpu"]
+
+
+def command(*args, cwd=None):
+    """ladmim.py's main() with these arguments, in this process: a traceback fails the test by itself."""
+    out, err, before, argv = io.StringIO(), io.StringIO(), os.getcwd(), sys.argv
+    try:
+        os.chdir(cwd or before)
+        sys.argv = ["ladmim.py", *map(str, args)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = ladmim.main()
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def errors_of(result):
+    return [line for line in result.stderr.splitlines() if line.startswith("error:")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    make_photos(folder / "photos")
+    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", "run", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_train_writes_a_whole_run(trained):
+    folder, result = trained
+    run = folder / "run"
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["category"] == "widgets" and settings["data"] == "photos" and settings["rendered"] is False
+    assert settings["grid"] == 6 and settings["seed"] == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["hvq"] * 3 + ["mim"] * 3 + ["score"]
+    assert all(len(line["codes_used"]) == len(line["perplexity"]) == 4 for line in lines[:3])
+    rows = list(csv.DictReader((run / "scores.csv").open()))
+    assert len(rows) == 16 and sum(row["split"] == "validation" for row in rows) == 4
+    assert {row["path"].split("/")[0] for row in rows} == {"widgets"}
+    total = np.array([float(row["score"]) for row in rows if row["split"] == "validation"])
+    assert abs(total.mean()) < 1e-6                  # standardised on these and on nothing else
+    assert "codes in use" in result.stdout and "logical" in result.stdout
+
+
+def test_the_command_line_as_a_process(tmp_path):
+    result = subprocess.run([sys.executable, ladmim.__file__, "predict", "x.png", "--run", "nowhere"], cwd=tmp_path,
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: --run nowhere") and len(result.stderr.splitlines()) == 1
+
+
+def test_a_second_train_only_reports(trained):
+    folder, first = trained
+    before = (folder / "run" / "checkpoint.pt").read_bytes()
+    again = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", "run", cwd=folder)
+    assert again.returncode == 0 and (folder / "run" / "checkpoint.pt").read_bytes() == before
+    assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
+
+
+def same(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b
+
+
+@pytest.mark.parametrize("stage", ["hvq", "mim"])
+def test_a_killed_run_ends_bit_identical(trained, tmp_path, stage, monkeypatch):
+    """Stops in the middle of a stage, at an epoch whose checkpoint was written, and goes on."""
+    folder, _ = trained
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["ladmim.py", "train", "--data", "photos", "--category", "widgets", *QUICK, "--out", str(tmp_path / "run")])
+    real = ladmim.Run.save
+
+    def save_then_die(run, **news):
+        real(run, **news)
+        if news["stage"] == stage and news["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ladmim.fit, "__defaults__", (*ladmim.fit.__defaults__[:-1], 0.0))          # save every epoch
+    monkeypatch.setattr(ladmim.Run, "save", save_then_die)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert ladmim.main() == 130
+    monkeypatch.setattr(ladmim.Run, "save", real)
+    assert ladmim.main() == 0
+    torch.set_num_threads(threads)
+    whole, resumed = (torch.load(path / "run" / "checkpoint.pt", weights_only=True) for path in (folder, tmp_path))
+    for part in ("hvq", "mim", "mean", "std", "calibration"):
+        assert same(whole[part], resumed[part]), part
+    assert (folder / "run" / "scores.csv").read_text() == (tmp_path / "run" / "scores.csv").read_text()
+
+
+def test_other_settings_do_not_overwrite_a_run(trained):
+    folder, _ = trained
+    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--codes", "16", "--out", "run", cwd=folder)
+    assert result.returncode == 2 and len(errors_of(result)) == 1 and "codes = 8, asked for 16" in errors_of(result)[0]
+
+
+def test_multi_class_scores_category_by_category(tmp_path):
+    for name in ("gadgets", "widgets"):
+        make_photos(tmp_path / "photos", name, train=6)
+    result = command("train", "--data", "photos", "--category", "all", *QUICK, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader((tmp_path / "run" / "scores.csv").open()))
+    for name in ("gadgets", "widgets"):
+        total = [float(row["score"]) for row in rows if row["path"].startswith(name) and row["split"] == "validation"]
+        assert len(total) == 4 and abs(np.mean(total)) < 1e-6
+    asked = command("predict", "photos/gadgets/test/good", "--run", "run", cwd=tmp_path)
+    assert asked.returncode == 2 and "gadgets, widgets" in asked.stderr
+
+
+def test_training_learns_the_arrangement(tmp_path):
+    """The square's place is the rule. Labels shuffled at random score about a half."""
+    make_photos(tmp_path / "photos", train=24, good=12, bad=12)
+    quick = [*QUICK, "--hvq-epochs", "30", "--mim-epochs", "60", "--hvq-lr", "0.002", "--mim-lr", "0.002", "--mim-warmup", "2", "--masks", "16"]
+    result = command("train", "--data", "photos", "--category", "widgets", *quick, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [row for row in csv.DictReader((tmp_path / "run" / "scores.csv").open()) if row["split"] == "test"]
+    label, total = np.array([int(row["label"]) for row in rows]), np.array([float(row["score"]) for row in rows])
+    assert roc_auc_score(label, total) > 0.9
+    rng = np.random.default_rng(0)
+    assert np.mean([roc_auc_score(rng.permutation(label), total) for _ in range(200)]) == pytest.approx(0.5, abs=0.02)
+
+
+def test_predict_agrees_with_scores_csv(trained):
+    folder, _ = trained
+    result = command("predict", "photos/widgets/test", "--run", "run", "--json", "--heatmap", "maps", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    expected = {row["path"]: float(row["score"]) for row in csv.DictReader((folder / "run" / "scores.csv").open())}
+    assert len(lines) == 12
+    for line in lines:
+        score = expected[Path(line["path"]).relative_to("photos").as_posix()]
+        assert line["score"] == pytest.approx(score, rel=1e-3, abs=1e-3)
+        assert line["verdict"] == ("anomaly" if line["score"] > line["threshold"] else "good")
+    maps = list((folder / "maps").glob("*.png"))
+    assert len(maps) == 12 and all(Image.open(path).size == (64, 64) for path in maps)
+
+
+def test_predict_goes_on_past_a_bad_photo(trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    good = folder / "photos" / "widgets" / "test" / "good" / "000.png"
+    result = command("predict", tmp_path / "bad.png", good, "--run", folder / "run")
+    assert result.returncode == 1 and "bad.png" in result.stderr and len(result.stdout.splitlines()) == 1
+
+
+def test_a_bad_training_photo_costs_one_line(tmp_path):
+    make_photos(tmp_path / "photos")
+    (tmp_path / "photos" / "widgets" / "train" / "good" / "bad.png").write_bytes(b"not a picture")
+    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 1
+    assert len([line for line in result.stderr.splitlines() if "bad.png" in line]) == 1
+    assert (tmp_path / "run" / "scores.csv").exists()
+
+
+@pytest.mark.parametrize("args, names", [
+    (["--category", "widgit"], "widgets"),
+    (["--category", "widgets", "--data", "nowhere"], "nowhere"),
+    (["--category", "widgets", "--device", "cuda"], "--device"),
+    (["--category", "widgets", "--preset", "huge"], "--preset"),
+    (["--category", "widgets", "--pdn", "none.pt"], "--pdn"),
+    (["--category", "widgets", "--hvq-epochs", "-1"], "--hvq-epochs"),
+    (["--category", "widgets", "--grid", "7"], "--grid"),
+    (["--category", "widgets", "--masks", "0"], "--masks"),
+    (["--category", "widgets", "--hvq-lr", "nan"], "--hvq-lr"),
+    (["--category", "widgets", "--hvq-heads", "5"], "--hvq-heads"),
+    (["--category", "widgets", "--score-ratio", "1.5"], "--score-ratio"),
+    (["--category", "empty"], "empty"),
+    ([], "--category"),
+])
+def test_every_mistake_is_one_line_and_exit_code_2(tmp_path, args, names):
+    if torch.cuda.is_available() and "cuda" in args:
+        pytest.skip("this machine has the GPU whose absence is tested")
+    make_photos(tmp_path / "photos", train=3)
+    (tmp_path / "photos" / "empty" / "train" / "good").mkdir(parents=True)
+    if "--data" not in args:
+        args = [*args, "--data", "photos"]
+    result = command("train", *args, cwd=tmp_path)
+    assert result.returncode == 2 and names in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_test_split_without_anomalies_is_refused_and_none_at_all_is_not(tmp_path):
+    make_photos(tmp_path / "photos", bad=0)
+    train = ("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", "run")
+    result = command(*train, cwd=tmp_path)
+    assert result.returncode == 2 and "no anomalies" in result.stderr and len(result.stderr.splitlines()) == 1
+    shutil.rmtree(tmp_path / "photos" / "widgets" / "test")
+    result = command(*train, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list(csv.DictReader((tmp_path / "run" / "scores.csv").open()))) == 4
+
+
+@pytest.mark.parametrize("damage, reason", [("truncated", "truncated"), ("foreign", "not a checkpoint"), ("newer", "format 99")])
+def test_damaged_checkpoints_are_refused(trained, tmp_path, damage, reason):
+    folder, _ = trained
+    state = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)
+    content = (folder / "run" / "checkpoint.pt").read_bytes()
+    path = tmp_path / "checkpoint.pt"
+    if damage == "truncated":
+        path.write_bytes(content[:len(content) // 2])
+    else:
+        torch.save([1, 2] if damage == "foreign" else state | {"format": 99}, path)
+    result = command("predict", folder / "photos" / "widgets" / "test" / "good", "--run", tmp_path)
+    assert result.returncode == 2 and reason in result.stderr and len(result.stderr.splitlines()) == 1

@@ -1,0 +1,438 @@
+"""The kernels against float64 and brute force: the torch paths on the CPU, Triton in its interpreter, and both on a GPU if one is there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kernels import histogram_l1, nearest_code
+from kernels.histogram_l1 import _histogram_l1, histogram_l1_reference
+from kernels.nearest_code import _nearest_code, _torch_path, nearest_code_reference
+
+ROOT = Path(__file__).resolve().parent.parent
+INTERPRETED = os.environ.get("LADMIM_KERNELS") == "triton" and not torch.cuda.is_available()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="says nothing about the kernels, or too slow in the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(x, codebook):
+    """The index is float64's where the two best differ by 1e-5 and within 1e-5 of the best elsewhere; the distance is right."""
+    index, squared = (t.cpu() for t in nearest_code(x.to(DEVICE), codebook.to(DEVICE)))
+    assert index.shape == squared.shape == (len(x),) and index.dtype == torch.int64 and squared.dtype == torch.float32
+    rows = max(1, 2**24 // max(1, codebook.numel()))
+    for x, index, squared in zip(x.split(rows), index.split(rows), squared.split(rows), strict=True):
+        exact = (x.double()[:, None] - codebook.double()).square().sum(2)  # (T, K)
+        best = exact.min(1).values
+        assert (index >= 0).all() and (index < len(codebook)).all()
+        chosen = exact.gather(1, index[:, None])[:, 0]
+        assert (chosen <= best * (1 + 1e-5)).all(), f"{int((chosen > best * (1 + 1e-5)).sum())} of {len(x)} rows are wrong"
+        torch.testing.assert_close(squared, chosen.float(), rtol=1e-5, atol=1e-37)
+
+
+# ---- nearest_code
+
+@pytest.mark.parametrize("T, K, D", [
+    (1, 1, 1), (1, 2, 1), (2, 1, 3), (63, 31, 2), (64, 32, 16), (65, 33, 17), (100, 64, 64), (129, 65, 65), (77, 100, 7),
+    (40, 130, 384), (20, 70, 1024), (300, 512, 64), (50, 1000, 33)])
+def test_shapes(T, K, D):
+    check(normal(T, D), normal(K, D, seed=1))
+
+
+@not_interpreted
+@pytest.mark.parametrize("T, K, D", [(5001, 512, 64), (3, 65_536, 16), (1100, 4096, 32), (999, 777, 129)])
+def test_large_shapes(T, K, D):
+    check(normal(T, D), normal(K, D, seed=1))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e10, 1e20])
+def test_magnitudes(scale):
+    x, codebook = normal(70, 24), normal(80, 24, seed=1)
+    check(x * scale, codebook * scale)
+    check(x * scale, codebook)
+    check(x, codebook * scale)
+    mixed = torch.logspace(-20, 20, 80)[:, None] * codebook
+    check(x * scale, mixed)
+    check(mixed[:70] * 1.3, mixed)
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
+def test_far_away_clusters(offset):
+    """||x||^2 is up to 1e12 times the distances that have to be compared."""
+    x, codebook = normal(60, 16), normal(70, 16, seed=1)
+    check(x + offset, codebook + offset)
+    side, other = torch.sign(x[:, :1]), torch.sign(codebook[:, :1])
+    check(x + offset * side, codebook + offset * other)
+
+
+@pytest.mark.parametrize("gap", [1.1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("D", [2, 64, 300])
+def test_near_ties(gap, D):
+    """Points all but half way between two codes, where a low-precision product would pick either."""
+    codebook = normal(96, D, seed=1)
+    a, b = codebook[:48].double(), codebook[48:].double()
+    check((a + (b - a) * (0.5 - gap / 2 * normal(48, 1).sign().double())).float(), codebook)
+
+
+def test_exact_ties_go_to_the_lowest_index():
+    codebook = normal(60, 20)
+    twice = torch.cat([codebook, codebook, codebook[:30]])
+    x = torch.cat([normal(50, 20, seed=1), codebook])
+    assert torch.equal(nearest_code(x.to(DEVICE), twice.to(DEVICE))[0].cpu(), nearest_code_reference(x, codebook)[0])
+    grid = torch.cartesian_prod(*[torch.arange(-2.0, 3.0)] * 3)  # a point at .5 has up to eight nearest codes, exactly
+    x = torch.cartesian_prod(*[torch.arange(-1.5, 2.0, 0.5)] * 3)
+    assert torch.equal(nearest_code(x.to(DEVICE), grid.to(DEVICE))[0].cpu(), nearest_code_reference(x, grid)[0])
+    zeros = torch.zeros(70, 5, device=DEVICE)
+    assert nearest_code(normal(9, 5).to(DEVICE), zeros)[0].eq(0).all() and nearest_code(zeros, zeros)[0].eq(0).all()
+
+
+@pytest.mark.parametrize("dtype, other", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32),
+                                          (torch.float32, torch.bfloat16)])
+def test_low_precision_input(dtype, other):
+    check(normal(130, 40).to(dtype), normal(90, 40, seed=1).to(other))
+
+
+def test_views_need_not_be_contiguous():
+    x, codebook = normal(3, 40, 50), normal(60, 80, seed=1)
+    check(x[1].T, codebook[:, ::2])
+    check(x[:, :, 7], codebook[:, :40])
+    check(x[0, :1].expand(9, -1), codebook[:, 5:55])
+
+
+def test_rows_and_codes_that_are_not_finite():
+    x, codebook = normal(80, 10).to(DEVICE), normal(70, 10, seed=1).to(DEVICE)
+    x[3, 2], x[7, 1], x[70, 9] = torch.nan, torch.inf, -torch.inf
+    for codes in (codebook, codebook.index_fill(0, torch.tensor([0, 69], device=DEVICE), torch.nan)):
+        codes[5, 5] = torch.inf
+        index, squared = nearest_code(x, codes)
+        expected = nearest_code_reference(x.cpu(), codes.cpu())
+        assert torch.equal(index.cpu(), expected[0]) and index[[3, 7, 70]].eq(-1).all() and index.eq(-1).sum() == 3
+        torch.testing.assert_close(squared.cpu(), expected[1], equal_nan=True)
+    assert nearest_code(x, torch.full_like(codebook, torch.nan))[0].eq(-1).all()
+
+
+def test_nothing_in_gives_nothing_out():
+    index, squared = nearest_code(torch.empty(0, 4, device=DEVICE), torch.ones(3, 4, device=DEVICE))
+    assert index.shape == squared.shape == (0,)
+
+
+@pytest.mark.parametrize("x, codebook, error", [
+    (torch.ones(4), torch.ones(3, 4), ValueError), (torch.ones(2, 4), torch.ones(3, 5), ValueError),
+    (torch.ones(2, 4), torch.ones(0, 4), ValueError), (torch.ones(2, 0), torch.ones(3, 0), ValueError),
+    (torch.ones(2, 4).double(), torch.ones(3, 4), TypeError), (torch.ones(2, 4), torch.ones(3, 4).int(), TypeError)])
+def test_wrong_arguments(x, codebook, error):
+    with pytest.raises(error, match="nearest_code needs"):
+        nearest_code(x, codebook)
+
+
+@settings(max_examples=15 if INTERPRETED else 60, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 140), st.integers(1, 80), st.integers(-12, 12), st.integers(-12, 12),
+       st.integers(-6, 6), st.integers(0, 99))
+def test_any_shape_scale_and_offset(T, K, D, x_power, code_power, offset_power, seed):
+    offset = 10.0**offset_power
+    check(normal(T, D, seed=seed) * 10.0**x_power + offset, normal(K, D, seed=seed + 1) * 10.0**code_power + offset)
+
+
+def test_no_gradient_flows():
+    x = normal(5, 3).to(DEVICE).requires_grad_()
+    index, squared = nearest_code(x, normal(4, 3).to(DEVICE).requires_grad_())
+    assert not squared.requires_grad and not index.requires_grad
+
+
+@not_interpreted
+def test_lowered_matmul_precision_changes_nothing():
+    x, codebook = normal(2000, 64), normal(512, 64, seed=1)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        check(x, codebook)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            check(x, codebook)
+        assert torch.get_float32_matmul_precision() == "medium" and torch.backends.mkldnn.enabled
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@not_interpreted
+def test_memory_does_not_grow_with_the_number_of_rows():
+    class Largest(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    Largest.largest = max(Largest.largest, tensor.untyped_storage().nbytes())
+            return out
+
+    x, codebook = normal(300_000, 4), normal(512, 4, seed=1)
+    with Largest():
+        _torch_path(x, codebook)
+    assert Largest.largest <= max(8 * 2**20, x.numel() * 4)  # an index and a distance a row, and one block of scores
+
+
+# ---- histogram_l1
+
+def draw(B, M, L, K, N, seed=0, masks=3, dtype=torch.float32, scale=3.0):
+    rng = np.random.default_rng(seed)
+    mask = torch.from_numpy(rng.random((B, M, N) if masks == 3 else (M, N)) < 0.4)
+    mask[..., rng.integers(N)] = True
+    return ((normal(B, M, L, K, seed=seed) * scale).to(dtype), torch.from_numpy(rng.integers(0, K, (B, L, N))).to(torch.int16), mask)
+
+
+def check_histogram(logits, codes, mask, tolerance=2e-6):
+    """Value and gradient against float64."""
+    mine = logits.detach().to(DEVICE).requires_grad_()
+    out = histogram_l1(mine, codes.to(DEVICE), mask.to(DEVICE))
+    weight = normal(*out.shape, seed=5)
+    out.backward(weight.to(out))
+    exact = logits.detach().double().requires_grad_()
+    expected = histogram_l1_reference(exact, codes, mask)
+    expected.backward(weight.double())
+    assert out.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32) and mine.grad.dtype == logits.dtype
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=tolerance, atol=tolerance)
+    rounding = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(logits.dtype, 0)
+    torch.testing.assert_close(mine.grad.cpu().double(), exact.grad, rtol=tolerance + rounding, atol=tolerance)
+
+
+def test_the_reference_is_the_definition():
+    logits, codes, mask = draw(2, 3, 2, 11, 20, dtype=torch.float64)
+    out = histogram_l1_reference(logits, codes, mask)
+    for b, m, level in np.ndindex(2, 3, 2):
+        p = np.exp(logits[b, m, level].numpy())
+        q = np.bincount(codes[b, level].numpy()[mask[b, m].numpy()], minlength=11) / mask[b, m].sum().item()
+        assert abs(out[b, m, level].item() - np.abs(p / p.sum() - q).sum()) < 1e-12
+
+
+@pytest.mark.parametrize("B, M, L, K, N", [(1, 1, 1, 1, 1), (2, 3, 2, 512, 576), (1, 2, 3, 33, 50), (3, 1, 1, 2, 7),
+                                           (1, 2, 1, 1025, 300), (1, 1, 2, 3000, 257)])
+@pytest.mark.parametrize("masks", [2, 3])
+def test_histogram_shapes(B, M, L, K, N, masks):
+    check_histogram(*draw(B, M, L, K, N, masks=masks))
+
+
+def test_histogram_of_one_token_all_tokens_and_one_code():
+    logits, codes, mask = draw(1, 3, 2, 40, 30)
+    mask[0, 0] = False
+    mask[0, 0, 29] = True
+    mask[0, 1] = True
+    check_histogram(logits, codes, mask)
+    check_histogram(logits, torch.full_like(codes, 39), mask)
+    check_histogram(logits, torch.zeros_like(codes), mask)
+
+
+def test_histogram_with_extreme_logits():
+    logits, codes, mask = draw(1, 2, 2, 40, 30)
+    check_histogram(logits * 1e4, codes, mask)
+    check_histogram(logits - 1e4, codes, mask, tolerance=1e-3)  # float32 keeps three digits of the differences
+    certain = torch.full_like(logits, -1e30)
+    certain[..., 7] = 0
+    check_histogram(certain, torch.full_like(codes, 7), mask)
+    assert histogram_l1(certain.to(DEVICE), torch.full_like(codes, 7).to(DEVICE), mask.to(DEVICE)).eq(0).all()
+    assert histogram_l1(certain.to(DEVICE), torch.full_like(codes, 6).to(DEVICE), mask.to(DEVICE)).eq(2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("integer", [torch.int16, torch.int32, torch.int64])
+def test_histogram_dtypes(dtype, integer):
+    logits, codes, mask = draw(2, 2, 1, 60, 40, dtype=dtype)
+    check_histogram(logits, codes.to(integer), mask)
+
+
+def test_histogram_of_views():
+    logits, codes, mask = draw(2, 4, 3, 20, 30)
+    check_histogram(logits.transpose(1, 2), codes[:, :1].expand(2, 4, 30), mask[:, :3])
+    check_histogram(logits[..., ::2], codes[:, :, ::3] // 2, mask[..., ::3] | True)
+
+
+def test_where_prediction_and_histogram_agree_the_gradient_is_zero():
+    logits = torch.zeros(1, 1, 1, 4, device=DEVICE, requires_grad=True)
+    codes = torch.arange(4, device=DEVICE).repeat(2).view(1, 1, 8)
+    out = histogram_l1(logits, codes, torch.ones(1, 8, dtype=torch.bool, device=DEVICE))
+    out.sum().backward()
+    assert out.item() == 0 and logits.grad.eq(0).all()
+
+
+def test_histogram_gradcheck():
+    logits, codes, mask = draw(2, 2, 2, 6, 9, dtype=torch.float64)
+    logits = logits.to(DEVICE).requires_grad_()
+    assert torch.autograd.gradcheck(lambda logits: histogram_l1(logits, codes.to(DEVICE), mask.to(DEVICE)), logits)
+    assert torch.autograd.gradcheck(lambda logits: histogram_l1_reference(logits, codes.to(DEVICE), mask.to(DEVICE)), logits)
+
+
+@settings(max_examples=10 if INTERPRETED else 40, deadline=None)
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 70), st.integers(1, 60), st.integers(2, 3),
+       st.integers(0, 99))
+def test_any_histogram(B, M, L, K, N, masks, seed):
+    logits, codes, mask = draw(B, M, L, K, N, seed=seed, masks=masks)
+    check_histogram(logits, codes, mask)
+    out = histogram_l1(logits.to(DEVICE), codes.to(DEVICE), mask.to(DEVICE))
+    assert out.min() >= 0 and out.max() <= 2 + 1e-6
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(out, histogram_l1(logits.to(DEVICE), codes[..., order].to(DEVICE), mask[..., order].to(DEVICE)))
+
+
+def test_an_empty_mask_and_a_wrong_code_are_errors():
+    """Errors on the CPU; on a GPU the host would have to wait to raise, so that row alone is NaN."""
+    logits, codes, mask = draw(1, 3, 2, 8, 10)
+    mask[0, 1] = False
+    codes[0, 1, 0], mask[0, 2, 0], mask[0, 0, 0] = -1, True, False
+    mask[0, 0, 1] = True
+    if DEVICE == "cpu" and not INTERPRETED:
+        with pytest.raises(ValueError, match="a mask has no token"):
+            histogram_l1(logits, codes, mask)
+        mask[0, 1, 3] = True
+        for wrong in (-1, 8):
+            codes[0, 1, 0] = wrong
+            with pytest.raises(ValueError, match=r"codes must lie in 0\.\.7"):
+                histogram_l1(logits, codes, mask)
+        return
+    logits = logits.to(DEVICE).requires_grad_()
+    out = histogram_l1(logits, codes.to(DEVICE), mask.to(DEVICE))
+    out.sum().backward()
+    expected = torch.tensor([[[0, 0], [1, 1], [0, 1]]], dtype=torch.bool)
+    assert torch.equal(out.isnan().cpu(), expected) and torch.equal(logits.grad.isnan().all(-1).cpu(), expected)
+
+
+@pytest.mark.parametrize("change, error", [
+    (dict(codes=torch.zeros(1, 3, 10, dtype=torch.int16)), ValueError), (dict(mask=torch.ones(2, 10, dtype=torch.bool)), ValueError),
+    (dict(codes=torch.zeros(1, 2, 10)), TypeError), (dict(mask=torch.ones(3, 10)), TypeError),
+    (dict(logits=torch.zeros(1, 3, 2, 8, dtype=torch.int64)), TypeError)])
+def test_wrong_histogram_arguments(change, error):
+    arguments = dict(zip(("logits", "codes", "mask"), draw(1, 3, 2, 8, 10), strict=True))
+    with pytest.raises(error, match="histogram_l1 needs"):
+        histogram_l1(**arguments | change)
+
+
+# ---- as torch operators
+
+def test_operators_are_well_behaved():
+    torch.library.opcheck(_nearest_code, (normal(9, 5).to(DEVICE), normal(7, 5).to(DEVICE)))
+    logits, codes, mask = (t.to(DEVICE) for t in draw(1, 2, 2, 5, 8))
+    torch.library.opcheck(_histogram_l1, (logits.requires_grad_(), codes, mask))
+
+
+def test_under_torch_compile():
+    x, codebook, (logits, codes, mask) = normal(70, 8).to(DEVICE), normal(40, 8).to(DEVICE), draw(1, 2, 2, 5, 8)
+    codes, mask = codes.to(DEVICE), mask.to(DEVICE)
+
+    def step(x, codebook, logits):
+        index, squared = nearest_code(x * 2, codebook)
+        return codebook[index].sum() + squared.sum() + histogram_l1(logits * 2, codes, mask).sum()
+
+    results = []
+    for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        leaf = logits.to(DEVICE).requires_grad_()
+        loss = function(x, codebook, leaf)
+        loss.backward()
+        results += [loss, leaf.grad]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(dtype):
+    logits, codes, mask = draw(1, 2, 2, 30, 20)
+    with torch.autocast(DEVICE, dtype=dtype):
+        check(normal(60, 12), normal(50, 12, seed=1))
+        check_histogram(logits, codes, mask)
+
+
+@needs_gpu
+def test_no_host_synchronisation_inside_a_cuda_graph_on_a_side_stream():
+    x, codebook, (logits, codes, mask) = normal(1000, 64).cuda(), normal(512, 64).cuda(), draw(4, 2, 4, 512, 576)
+    codes, mask, logits = codes.cuda(), mask.cuda(), logits.cuda().requires_grad_()
+
+    def step():
+        loss = histogram_l1(logits, codes, mask)
+        return *nearest_code(x, codebook), loss, *torch.autograd.grad(loss.sum(), logits)
+
+    expected = step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            other = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b, c in zip(expected, other, captured, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@needs_gpu
+def test_more_than_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 14 * 2**30:
+        pytest.skip("needs 14 GiB of GPU memory")
+    D = 64
+    T = 2**31 // D + 1000
+    x, codebook = torch.zeros(T, D, dtype=torch.float16, device="cuda"), normal(100, D).half().cuda()
+    x[-1000:] = normal(1000, D, seed=1).half().cuda()
+    index, _ = nearest_code(x, codebook)
+    assert torch.equal(index[-1000:].cpu(), nearest_code_reference(x[-1000:].cpu(), codebook.cpu())[0])
+    del x
+    logits, codes, mask = draw(1, 2, 1, 512, 50)
+    many = torch.zeros(2**22 + 1, 1, 1, 512, dtype=torch.float16, device="cuda")
+    many[-1] = logits[0, 0]
+    out = histogram_l1(many, codes.expand(len(many), 1, 50).cuda(), mask[0, :1].cuda())
+    expected = histogram_l1_reference(logits[:, :1].double(), codes, mask[0, :1])
+    torch.testing.assert_close(out[-1:].cpu().double(), expected, rtol=1e-3, atol=1e-3)
+
+
+# ---- which path runs
+
+def run(code, **environment):
+    """Runs Python code from the repository's root -> exit status, output and errors."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("LADMIM_KERNELS", "TRITON_INTERPRET")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+USE = "import torch; from kernels import nearest_code; print(nearest_code(torch.eye(3), torch.eye(3).flip(0))[0].tolist())"
+
+
+@not_interpreted
+def test_without_triton_the_torch_paths_run():
+    assert run("import sys; sys.modules['triton'] = None; " + USE) == (0, "[2, 1, 0]\n")
+    status, output = run("import sys; sys.modules['triton'] = None; " + USE, LADMIM_KERNELS="triton")
+    assert status and "LADMIM_KERNELS=triton: triton is not installed" in output
+
+
+@not_interpreted
+def test_the_environment_chooses():
+    assert run(USE, LADMIM_KERNELS="torch") == (0, "[2, 1, 0]\n")
+    status, output = run(USE, LADMIM_KERNELS="cuda")
+    assert status and "LADMIM_KERNELS=cuda: must be torch or triton" in output
+    status, output = run(USE, LADMIM_KERNELS="triton")
+    assert status and "LADMIM_KERNELS=triton: no kernel runs on cpu (on a CPU set TRITON_INTERPRET=1 as well" in output
+
+
+@not_interpreted
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels themselves were just tested")
+def test_kernels_in_the_interpreter():
+    """This file again, with every tensor going to the Triton kernels."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"LADMIM_KERNELS": "triton", "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", __file__], cwd=ROOT,
+                          env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
