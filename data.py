@@ -565,7 +565,7 @@ def main() -> int:
     for option, (kind, n) in zip(options, COUNTS.items()):
         command.add_argument(option, dest=kind, type=int, default=n, help=f"photos (default {n})")
     command.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     try:
         names = list(SCENES) if args.category == "all" else args.category.split(",")

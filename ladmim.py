@@ -92,8 +92,8 @@ PRESETS = {
     "paper": {},
     "fast": dict(hvq_epochs=200, hvq_lr=4e-4, mim_epochs=150, mim_warmup=10, mim_lr=3e-4, hvq_score="max"),
     "tiny": dict(grid=12, codes=32, code_dim=32, hvq_width=128, hvq_heads=4, hvq_dropout=0.0, codebook="ema", hvq_epochs=40,
-                 hvq_lr=1e-3, hvq_score="calibrated", mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0, mim_epochs=70,
-                 mim_warmup=4, mim_lr=1e-3, masks=32, mim_score="calibrated"),
+                 hvq_batch=4, hvq_lr=1e-3, hvq_score="calibrated", mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0,
+                 mim_epochs=50, mim_warmup=3, mim_batch=8, mim_lr=1e-3, masks=32, mim_score="calibrated"),
 }
 
 
