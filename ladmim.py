@@ -31,9 +31,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import eval as evaluation
@@ -739,25 +739,42 @@ def channel_statistics(features, n: int, batch: int = 64):
     return mean.float(), (square / count - mean.square()).clamp(min=1e-12).sqrt().float()
 
 
-RENDERED = "rendered twin of MVTec LOCO, drawn by this program: not MVTec's photos"
-
-
 def find_data(args) -> tuple[Path, list[str]]:
-    """The folder that holds the category folders, and the categories asked for. Renders the twin where there is no data."""
-    root = args.data and Path(args.data)
-    loco = Path("data/mvtec_loco_anomaly_detection")
-    if not root and args.category != "all" and all((loco / c).is_dir() for c in args.category.split(",")):
-        root = loco
-    if not root and args.category == "all" and loco.is_dir():
-        root = loco
-    if not root:
+    """The folder that holds the category folders, and the categories asked for. Renders the twin where there is no
+    data."""
+    asked = sorted(set(args.category.split(",")))
+    root = Path(args.data or "data/mvtec_loco_anomaly_detection")
+    if not args.data and not (root.is_dir() if asked == ["all"] else all((root / name).is_dir() for name in asked)):
         root = Path("data/rendered")
-        names = data.SCENES if args.category == "all" else args.category.split(",")
-        for name in names:
-            if not (root / name).is_dir():
-                data.render(root, name)
-    names = data.list_categories(root) if args.category == "all" else args.category.split(",")
-    return root, sorted(set(names))
+        missing = [name for name in (data.SCENES if asked == ["all"] else asked) if not (root / name).is_dir()]
+        if missing:
+            print("data: none given, so the rendered twin of MVTec LOCO is drawn", flush=True)
+        for name in missing:
+            data.render(root, name)
+    return root, data.list_categories(root) if asked == ["all"] else asked
+
+
+def find_features(photos, pdn: nn.Module, cfg: Config, cache: Path, device):
+    """-> features (n, N, d0) float16 of the photos that can be read, these photos, and how many could not."""
+    key, shape = hashlib.blake2b(digest_size=16), (cfg.grid ** 2, pdn[-1].out_channels)
+    for weight in pdn.state_dict().values():
+        key.update(weight.cpu().contiguous().numpy().tobytes())
+    pdn = pdn.to(device, memory_format=torch.channels_last)
+
+    def compute(photos):
+        return data.cached_features([photo.path for photo in photos], cfg.image_size, f"{key.hexdigest()}-{cfg.grid}",
+                                    lambda images: extract(pdn, images.to(device), cfg.grid).cpu(), cache, shape,
+                                    progress=Progress("features", len(photos), "photos"))
+
+    try:
+        return compute(photos), photos, 0
+    except data.BadPhotos as error:                  # every bad photo costs a line, not the run
+        for reason in error.reasons.values():
+            print(f"warning: {reason}", file=sys.stderr)
+        good = [photo for photo in photos if photo.path not in error.reasons]
+        if {"train", "validation"} - {photo.split for photo in good}:
+            raise InputError("no training or no validation photo is left that can be read; see the warnings above") from None
+        return compute(good), good, len(error.reasons)
 
 
 def train(args) -> int:
@@ -767,52 +784,31 @@ def train(args) -> int:
     cfg = Config(**PRESETS[args.preset] | {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
                                            if getattr(args, f.name) is not None})
     check_settings(cfg)
-    pdn, found = load_pdn(cfg.pdn, args.seed)
-    args.category = ",".join(sorted(set(args.category.split(","))))
+    pdn, backbone = load_pdn(cfg.pdn, args.seed)
     root, names = find_data(args)
-    rendered = any((root / name / data.RENDERED_MARK).exists() for name in names)
     photos = [photo for name in names for photo in data.find_photos(root, name, args.seed)]
     photos.sort(key=lambda photo: ("train", "validation", "test").index(photo.split))
     check_test_split(photos)
-    print(f"data: {RENDERED if rendered else root}\n{data.count_table(photos)}")
+    rendered = any((root / name / data.RENDERED_MARK).exists() for name in names)
+    print(f"data: {root}{' (RENDERED, not photographs)' if rendered else ''}\n{data.count_table(photos)}")
     for warning in data.check_photos(photos, root):
         print(f"warning: {warning}", file=sys.stderr)
-
-    print(f"backbone: {found}; device: {device}", flush=True)
-    pdn = pdn.to(device, memory_format=torch.channels_last)
-    d0, key = pdn[-1].out_channels, hashlib.blake2b(digest_size=16)
-    for weight in pdn.state_dict().values():
-        key.update(weight.cpu().contiguous().numpy().tobytes())
-    def features_of(photos):
-        return data.cached_features(
-            [photo.path for photo in photos], cfg.image_size, f"{key.hexdigest()}-{cfg.grid}",
-            lambda images: extract(pdn, images.to(device), cfg.grid).cpu(), Path(args.cache), (cfg.grid ** 2, d0),
-            progress=Progress("features", len(photos), "photos"))
-
-    bad = 0
-    try:
-        features = features_of(photos)
-    except data.BadPhotos as error:                  # every bad photo costs a line, not the run
-        bad = len(error.reasons)
-        for reason in error.reasons.values():
-            print(f"warning: {reason}", file=sys.stderr)
-        photos = [photo for photo in photos if photo.path not in error.reasons]
-        if {"train", "validation"} - {photo.split for photo in photos}:
-            raise InputError(f"--data {root}: no readable training or validation photo is left") from None
-        features = features_of(photos)
+    print(f"backbone: {backbone}; device: {device}", flush=True)
+    features, photos, bad = find_features(photos, pdn, cfg, Path(args.cache), device)
     n = sum(photo.split == "train" for photo in photos)
     if features.nbytes < 2 ** 33:                    # more stays where it is, and travels batch by batch
         features = features.to(device)
     mean, std = channel_statistics(features, n)
 
-    settings = {"data": root.resolve().name, "rendered": rendered, "category": args.category, "preset": args.preset,
+    category = args.category if args.category == "all" else ",".join(names)
+    settings = {"data": root.resolve().name, "rendered": rendered, "category": category, "preset": args.preset,
                 "seed": args.seed, "commit": git_commit(), "device": device.type, "torch": str(torch.__version__),
                 **dataclasses.asdict(cfg)}
-    run = Run(Path(args.out or f"runs/{settings['data']}/{args.category}-{args.preset}-seed{args.seed}"), settings)
-    if "mean" in run.state and not (torch.equal(run.state["mean"], mean) and torch.equal(run.state["std"], std)):
+    run = Run(Path(args.out or f"runs/{settings['data']}/{category}-{args.preset}-seed{args.seed}"), settings)
+    if "mean" in run.state and not (torch.equal(run.state["mean"], mean.cpu()) and torch.equal(run.state["std"], std.cpu())):
         raise InputError(f"{run.folder}: the training photos or the backbone changed since this run began; choose another "
                          "--out or delete the folder")
-    run.state.update(pdn=pdn.state_dict(), mean=mean, std=std)
+    run.state.update(pdn=pdn.state_dict(), mean=mean.cpu(), std=std.cpu())
     h0 = standardised(features, mean, std, device)
     hvq = train_hvq(run, cfg, h0, n, device)
     mim = train_mim(run, cfg, hvq, h0, n, device)
@@ -861,10 +857,9 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
 
 def report(run: Run):
     """What the run's codebooks and scores look like."""
-    last = [line for line in run.state["metrics"] if line["stage"] == "hvq"][-1:]
-    for line in last:
-        print("codebooks: " + "; ".join(f"level {level + 1}: {used} codes in use, perplexity {perplexity}" for level, (used, perplexity)
-                                        in enumerate(zip(line["codes_used"], line["perplexity"]))))
+    for line in [line for line in run.state["metrics"] if line["stage"] == "hvq"][-1:]:
+        print("codebooks: " + "; ".join(f"level {level}: {used} codes in use, perplexity {perplexity}" for level, used, perplexity
+                                        in zip(range(1, 99), line["codes_used"], line["perplexity"])))
     print(f"run: {run.folder}\n{evaluation.run_table(run.folder)}")
 
 
@@ -922,7 +917,10 @@ def predict(args) -> int:
     threshold = detector.calibration["threshold"]
     names = data.flat_names(paths)
     if args.heatmap:
-        make_folder(Path(args.heatmap), "--heatmap")
+        try:
+            Path(args.heatmap).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--heatmap {args.heatmap}: cannot be made ({error.strerror}); name another folder") from None
     batch = []
 
     def flush():
@@ -954,8 +952,8 @@ def draw_heat(path: Path, heat: np.ndarray, grid: int) -> Image.Image:
     """The photo with what is unlike the validation normals in red: clear from 3 standard deviations, full from 12."""
     photo = data.open_image(path)
     photo.thumbnail((1024, 1024))
-    glow = Image.fromarray(np.clip((heat.reshape(grid, grid) - 3) / 9, 0, 1).astype(np.float32) * 180)
-    glow = glow.resize(photo.size, Image.BICUBIC).point(lambda v: v).convert("L")
+    glow = Image.fromarray((np.clip((heat.reshape(grid, grid) - 3) / 9, 0, 1) * 180).astype(np.uint8))
+    glow = glow.resize(photo.size, Image.Resampling.BICUBIC)
     return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
 
 
