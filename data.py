@@ -10,21 +10,25 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import os
+import subprocess
 import sys
 import tempfile
+import time
 import warnings
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFilter, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pbm")
 SPLITS = ("train", "validation", "test")
@@ -546,11 +550,1037 @@ def write_row(path: Path, key: str, row: np.ndarray) -> bool:
         return False
 
 
+# The rendered twin of MVTec LOCO: a kit that draws parts into a photo, five scenes, and the folders they go to
+
+@dataclass
+class Scene:
+    """A photo in the making. Shapes are given in units of the photo's side, x right, y down, and pass through `pose`
+    (camera shift, turn, zoom) to canvas pixels. A shape is a Pillow "L" image of the canvas: 255 inside, 0 outside."""
+    rng: np.random.Generator
+    side: int                                                  # canvas pixels: twice the photo's side
+    pose: np.ndarray = None                                    # (2, 3): points @ pose[:, :2].T + pose[:, 2]
+    photo: np.ndarray = None                                   # (side, side, 3) float32, 0 to 1, stored as 3 planes
+    regions: list = field(default_factory=list)                # (defect name, shape): the ground truth
+
+    def aim(self, shift=0.01, turn=1.5, zoom=0.02):
+        """Jitters the camera: shift in sides, turn in degrees, zoom relative; standard deviations, cut at two."""
+        dx, dy, angle, scale = np.clip(self.rng.normal(size=4), -2, 2) * (shift, shift, math.radians(turn), zoom)
+        c, s = math.cos(angle) * (1 + scale), math.sin(angle) * (1 + scale)
+        move = np.array([0.5 + dx, 0.5 + dy]) - np.array([[c, -s], [s, c]]) @ (0.5, 0.5)
+        self.pose = self.side * np.array([[c, -s, move[0]], [s, c, move[1]]])
+
+    def pixels(self, points):
+        """(n, 2) scene units -> list of canvas pixel pairs."""
+        points = np.asarray(points, float).reshape(-1, 2)
+        return [tuple(p) for p in points @ self.pose[:, :2].T + self.pose[:, 2]]
+
+
+def polygon(scene, points):
+    shape = Image.new("L", (scene.side, scene.side))
+    ImageDraw.Draw(shape).polygon(scene.pixels(points), fill=255)
+    return shape
+
+
+def turned(points, centre, angle):
+    """Points about the origin, turned by `angle` degrees, moved to `centre`."""
+    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    return np.asarray(points) @ np.array([[c, s], [-s, c]]) + centre
+
+
+def ellipse(scene, centre, rx, ry, angle=0.0, wobble=0.0):
+    """Ellipse, or a natural blob where wobble (relative deviation of the radius) is not 0."""
+    t = np.linspace(0, 2 * math.pi, 64, endpoint=False)
+    r = np.ones_like(t)
+    for k in (2, 3, 5) if wobble else ():
+        r += wobble / k * scene.rng.normal() * np.cos(k * t + scene.rng.uniform(0, 2 * math.pi))
+    return polygon(scene, turned(np.stack([rx * r * np.cos(t), ry * r * np.sin(t)], 1), centre, angle))
+
+
+def box(scene, centre, w, h, angle=0.0, radius=0.0):
+    """Rectangle of width w and height h with rounded corners."""
+    if not radius:
+        corners = [(-w / 2, -h / 2), (w / 2, -h / 2), (w / 2, h / 2), (-w / 2, h / 2)]
+    else:
+        t = np.linspace(0, 2 * math.pi, 32, endpoint=False)
+        corner = np.sign(np.stack([np.cos(t), np.sin(t)], 1)) * (w / 2 - radius, h / 2 - radius)
+        corners = corner + radius * np.stack([np.cos(t), np.sin(t)], 1)
+    return polygon(scene, turned(corners, centre, angle))
+
+
+def stroke(scene, points, width):
+    """A line of given width (scene units) with round joints and ends."""
+    shape, pixels, w = Image.new("L", (scene.side, scene.side)), scene.pixels(points), width * scene.side
+    draw = ImageDraw.Draw(shape)
+    draw.line(pixels, fill=255, width=max(1, round(w)), joint="curve")
+    for x, y in (pixels[0], pixels[-1]):
+        draw.ellipse((x - w / 2, y - w / 2, x + w / 2, y + w / 2), fill=255)
+    return shape
+
+
+union, minus, common = ImageChops.lighter, ImageChops.subtract, ImageChops.darker
+
+
+def curve(start, control, end, n=24):
+    """(n, 2) points of a quadratic Bezier curve."""
+    t = np.linspace(0, 1, n)[:, None]
+    return (1 - t) ** 2 * np.asarray(start) + 2 * t * (1 - t) * np.asarray(control) + t ** 2 * np.asarray(end)
+
+
+def soft(shape, radius):
+    """The shape with its rim blurred over `radius` canvas pixels of a 512 pixel canvas."""
+    x0, y0, x1, y1 = shape.getbbox() or (0, 0, 1, 1)
+    radius = radius * shape.width / 512
+    reach = math.ceil(3 * radius)
+    bounds = (max(x0 - reach, 0), max(y0 - reach, 0), min(x1 + reach, shape.width), min(y1 + reach, shape.height))
+    result = Image.new("L", shape.size)
+    result.paste(shape.crop(bounds).filter(ImageFilter.GaussianBlur(radius)), bounds[:2])
+    return result
+
+
+def noise(rng, height, width, scale):
+    """Smooth noise (height, width) of standard deviation about 1 whose blobs are `scale` pixels wide."""
+    rows, columns = int(height / scale) + 3, int(width / scale) + 3
+    coarse = Image.fromarray(rng.normal(size=(rows, columns)).astype(np.float32))
+    grown = coarse.resize((math.ceil(columns * scale), math.ceil(rows * scale)), Image.BICUBIC)
+    return np.asarray(grown)[:height, :width]
+
+
+def soften(height, radius):
+    """Blurs a float array (height, width) with three box filters, which is about a Gaussian of deviation `radius`.
+    An 8-bit blur would leave its steps of 1/255 as contour rings once shading takes the gradient."""
+    half = max(1, round(radius))
+    for axis in (0, 1) * 3:
+        pad = [(half + 1, half) if a == axis else (0, 0) for a in (0, 1)]
+        total, n = np.cumsum(np.pad(height, pad), axis=axis, dtype=np.float32), height.shape[axis]
+        total = np.moveaxis(total, axis, 0)
+        height = np.moveaxis((total[2 * half + 1:] - total[:n]) / (2 * half + 1), 0, axis)
+    return height
+
+
+def background(scene, colour, grain=0.02, scale=3.0, blotch=0.03):
+    """Fills the photo with a surface of one colour (three values, 0 to 1), fine grain and slow blotches."""
+    n = scene.side
+    tone = 1 + grain * noise(scene.rng, n, n, scale * n / 512) + blotch * noise(scene.rng, n, n, n / 5)
+    scene.photo = (tone * np.asarray(colour, np.float32)[:, None, None]).transpose(1, 2, 0)
+
+
+def stamp(scene, shape, colour, grain=0.05, scale=4.0, bulge=0.0, gloss=0.0, shadow=0.0, alpha=1.0):
+    """Paints a part into the photo.
+
+    colour: three values, 0 to 1. grain: relative deviation of the
+    texture, `scale` its size in pixels of a 512 pixel canvas. bulge: how strongly the rim is shaded as of a rounded
+    body lit from the upper left, its width growing with the part. gloss: strength of the highlight. shadow: darkness
+    of the drop shadow. alpha: opacity. Only the part's surroundings are touched, so that small parts are cheap.
+    """
+    bounds = shape.getbbox()
+    if bounds is None:
+        return
+    unit = scene.side / 512
+    pad = round(14 * unit) if shadow or bulge or gloss else 0
+    x0, y0 = max(bounds[0] - pad, 0), max(bounds[1] - pad, 0)
+    x1, y1 = min(bounds[2] + pad, scene.side), min(bounds[3] + pad, scene.side)
+    h, w = y1 - y0, x1 - x0
+    part = shape.crop((x0, y0, x1, y1))
+    cover = np.asarray(part, np.float32) / 255                                                    # (h, w)
+    here = scene.photo[y0:y1, x0:x1].transpose(2, 0, 1)                                           # a view (3, h, w)
+    if shadow:
+        fallen = ImageChops.offset(part, round(5 * unit), round(6 * unit)).filter(ImageFilter.GaussianBlur(5 * unit))
+        here *= 1 - shadow / 255 * np.asarray(fallen, np.float32) * (1 - cover)
+    tone = 1 + grain * noise(scene.rng, h, w, scale * unit) if grain else np.ones((h, w), np.float32)
+    if bulge or gloss:
+        radius = max(1.5, min(bounds[2] - bounds[0], bounds[3] - bounds[1]) / 6)
+        step = max(1, int(radius / 4))                             # a wide blur needs no more than every step-th pixel
+        height = soften(np.asarray(part.reduce(step), np.float32) / 255, radius / step)
+        dy, dx = np.gradient(height)
+        lit = (dx + 1.2 * dy) * radius / step                                                     # > 0: faces the light
+        grown = lambda a: np.asarray(Image.fromarray(a).resize((w, h), Image.BICUBIC))
+        tone *= grown(1 + bulge * 0.8 * np.tanh(lit / 0.8))
+    paint = tone * np.asarray(colour, np.float32)[:, None, None]
+    if gloss:
+        bright = lit.max() + 1e-6
+        paint += grown(gloss * np.exp(-((lit / bright - 0.6) / 0.25) ** 2) * height)
+    paint -= here
+    paint *= alpha * cover
+    here += paint
+
+
+def develop(scene, size, blur=0.7, light=0.06, grain=0.012):
+    """Canvas -> photo: defocus, averaging down, uneven light, exposure and white balance, sensor noise.
+    Returns uint8 (size, size, 3) and the regions as (name, bool (size, size))."""
+    rng = scene.rng
+    canvas = Image.fromarray((np.clip(scene.photo, 0, 1) * 255).astype(np.uint8))
+    focus = ImageFilter.GaussianBlur(blur * rng.uniform(0.8, 1.4) * size / 512)
+    photo = np.asarray(canvas.resize((size, size), Image.BOX).filter(focus), np.float32)
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
+    tilt, gain = rng.normal(size=2) * light, (1 + rng.normal() * 0.04) * (1 + rng.normal(size=3) * 0.018)
+    photo = photo * ((1 + tilt[0] * x + tilt[1] * y)[..., None] * gain) + rng.normal(size=photo.shape) * 255 * grain
+    masks = [(name, np.asarray(shape.resize((size, size), Image.BOX)) > 127) for name, shape in scene.regions]
+    return np.clip(photo + 0.5, 0, 255).astype(np.uint8), masks
+
+
+BREAKFAST_BOX = {           # fault: (kind, saturation threshold, relative to the region or in pixels of a 256 px photo)
+    **dict.fromkeys(("missing_fruit", "wrong_fruit", "extra_fruit"), ("logical_anomalies", 2500, False)),
+    **dict.fromkeys(("sides_swapped", "wrong_ratio", "missing_chips", "missing_almonds", "cereal_below",
+                     "cereal_beside", "cereal_mixed"), ("logical_anomalies", 0.5, True)),
+    **dict.fromkeys(("bruised_fruit", "stain", "foreign_body", "torn_tray", "crushed_cereal"),
+                    ("structural_anomalies", 1.0, True)),
+}
+FRUITS = {"missing_fruit": ("TN", "TT"), "wrong_fruit": ("TTT", "TNN"), "extra_fruit": ("TTTN", "TTNN")}
+TRAY = (0.5, 0.475), 0.96, 0.985, 0, 0.16                   # centre, width, height, turn, radius of the corners
+LEFT = [(0.11, 0.12), (0.27, 0.12), (0.31, 0.3), (0.37, 0.5), (0.4, 0.82), (0.12, 0.82)]     # the compartments without
+RIGHT = [(0.44, 0.10), (0.88, 0.10), (0.87, 0.84), (0.53, 0.84), (0.5, 0.5), (0.46, 0.28)]   # their round corners
+OAT, CHIP, ALMOND, CRUMB = range(4)
+LEAVES = np.array([                  # half length and width, then the colours in the middle, at the rim, in the crease
+    (0.0150, 0.0105, 0.78, 0.55, 0.30, 0.52, 0.32, 0.14, 0.58, 0.36, 0.16),
+    (0.0480, 0.0370, 0.90, 0.74, 0.45, 0.62, 0.40, 0.15, 0.62, 0.43, 0.20),
+    (0.0330, 0.0190, 0.50, 0.22, 0.11, 0.24, 0.09, 0.05, 0.42, 0.18, 0.09),
+    (0.0055, 0.0045, 0.84, 0.68, 0.44, 0.72, 0.54, 0.32, 0.70, 0.52, 0.30)])
+
+
+def rounded(scene, corners, radius):
+    """A polygon grown by `radius`, its corners round."""
+    return union(polygon(scene, corners), stroke(scene, [*corners, *corners[:2]], 2 * radius))
+
+
+def heap(scene, kinds, centres):
+    """A pile of n leaves, later ones on top. kinds: n rows of LEAVES; centres (n, 2). Every leaf has its own size,
+    turn, shade and tilt; the gaps are dark. All are drawn as numbers into one plan, then painted at once."""
+    rng, n, s = scene.rng, len(centres), scene.side
+    radii = LEAVES[kinds, :2] * rng.uniform(0.75, 1.25, (n, 2))
+    shade = rng.normal(1, 0.11, (n, 1, 1)).clip(0.7, 1.3) * rng.normal(1, 0.03, (n, 1, 3))
+    colours = LEAVES[kinds, 2:].reshape(n, 3, 3) * shade                                           # (n, place, rgb)
+    angle, t = rng.uniform(0, np.pi, n), np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    cos, sin = np.cos(angle), np.sin(angle)
+    turn = np.array([[cos, sin], [-sin, cos]]).transpose(2, 0, 1)                                  # (n, 2, 2)
+    rim = np.stack([np.cos(t), np.sin(t)], 1) * (1 + 0.06 * rng.normal(size=(n, 12, 1))) * radii[:, None] @ turn
+    pixels = (rim + centres[:, None]) @ scene.pose[:, :2].T + scene.pose[:, 2]                     # (n, 12, 2)
+    plan = Image.new("I", (s, s))
+    pen = ImageDraw.Draw(plan)
+    for i, points in enumerate(pixels.reshape(n, -1).tolist()):
+        pen.polygon(points, fill=i + 1, outline=-1)
+    x0, y0, x1, y1 = plan.getbbox()
+    plan = np.asarray(plan)[y0:y1, x0:x1]
+    row, col = np.nonzero(plan)
+    leaf = plan[row, col] - 1                                                                      # -2 in a gap
+    slope = rng.normal((-0.10, -0.16), 0.16, (n, 2))
+    table = np.concatenate([pixels.mean(1) - (x0, y0), (turn / radii[..., None] / s).reshape(n, 4), slope,
+                            colours.reshape(n, 9)], 1).T.astype(np.float32)                        # (17, n)
+    cx, cy, ux, uy, vx, vy, su, sv, *colours = table.take(leaf, axis=1)                            # each (pixels,)
+    u, v = ux * (col - cx) + uy * (row - cy), vx * (col - cx) + vy * (row - cy)       # on the leaf: its rim at radius 1
+    edge, crease = np.minimum(u * u + v * v, 1) ** 2, np.exp(-(u / 0.55) ** 2 - (v / 0.22) ** 2)
+    tone = 1 + 0.10 * noise(rng, y1 - y0, x1 - x0, 3.0 * s / 512)[row, col]
+    tone *= (1 + u * su + v * sv) * (leaf >= 0)
+    for c, gap in enumerate((0.20, 0.11, 0.04)):
+        core, side, middle = colours[c::3]
+        paint = tone * (core + edge * (side - core) + crease * (middle - core)) + gap * (leaf < 0)
+        scene.photo[row + y0, col + x0, c] = paint
+
+
+def scatter(scene, shape, pitch):
+    """(n, 2) points inside a shape, about `pitch` apart, in random order."""
+    rng, n = scene.rng, int(1.1 / pitch)
+    grid = np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2)
+    points = rng.permutation(grid + rng.uniform(-0.5, 0.5, grid.shape)) * pitch
+    at = np.clip(points @ scene.pose[:, :2].T + scene.pose[:, 2], 0, scene.side - 1).astype(int)
+    return points[np.asarray(shape)[at[:, 1], at[:, 0]] > 0]
+
+
+def somewhere(scene, shape):
+    """A random point well inside a shape, in scene units."""
+    return scatter(scene, soft(shape, 10).point(lambda value: 255 * (value > 225)), 0.01)[0]
+
+
+def blob(scene, centre, smallest, largest):
+    """A natural patch whose mean radius lies between the two."""
+    r = scene.rng.uniform(smallest, largest)
+    return ellipse(scene, centre, r * scene.rng.uniform(0.9, 1.3), r, scene.rng.uniform(0, 180), 0.25)
+
+
+def portion(shape, order, share):
+    """The part of a shape that holds `share` of its pixels: those lowest in `order` (side, side)."""
+    level = np.quantile(order[np.asarray(shape) > 127], share)
+    return common(shape, Image.fromarray(np.where(order < level, 255, 0).astype(np.uint8)))
+
+
+def tangerine(scene, centre):
+    rng, r = scene.rng, scene.rng.normal(0.112, 0.005)
+    skin = ellipse(scene, centre, r * rng.uniform(0.95, 1.03), r, rng.uniform(0, 180), 0.02)
+    stamp(scene, skin, (0.87, 0.38, 0.13) * rng.normal(1, (0.03, 0.06, 0.1)), 0.05, 3, 0.75, 0.12, 0.35)
+    stem = centre + rng.normal(size=2) * 0.018
+    creases = [turned([(0.006, 0), (rng.uniform(0.02, 0.04), 0)], stem, a) for a in rng.uniform(0, 360, 7)]
+    stamp(scene, reduce(union, [stroke(scene, line, 0.005) for line in creases]), (0.66, 0.26, 0.08), alpha=0.5)
+    stamp(scene, ellipse(scene, stem, 0.009, 0.008, 0, 0.1), (0.22, 0.27, 0.14), 0.2, 2, 0.5)
+    return skin
+
+
+def nectarine(scene, centre):
+    rng, r = scene.rng, scene.rng.normal(0.119, 0.006)
+    skin = ellipse(scene, centre, r * rng.uniform(0.92, 1.0), r, rng.uniform(0, 180), 0.02)
+    red = np.array([0.50, 0.13, 0.11]) * rng.normal(1, (0.12, 0.2, 0.15))
+    stamp(scene, skin, red, 0.12, 8, 0.8, 0.2, 0.35)
+    spot = centre + turned([(rng.uniform(0.02, 0.08), 0)], (0, 0), rng.uniform(0, 360))[0]
+    blush = common(soft(blob(scene, spot, 0.04, 0.09), 14), soft(skin, 6))
+    stamp(scene, blush, (0.82, 0.62, 0.28), 0.1, 6, alpha=rng.uniform(0.2, 1.0))
+    return skin
+
+
+def tray(scene):
+    """The empty tray; returns the shapes of its left and right compartment."""
+    white = np.array([0.95, 0.89, 0.86])
+    stamp(scene, box(scene, *TRAY), white * 0.93, 0, bulge=0.2)
+    stamp(scene, box(scene, (0.5, 0.47), 0.91, 0.935, 0, 0.14), white * 0.99, 0.01, 6)
+    stamp(scene, box(scene, (0.5, 0.955), 0.17, 0.012, scene.rng.normal(), 0.004), (0.2, 0.17, 0.16), 0.3)
+    rooms = [rounded(scene, corners, 0.055) for corners in (LEFT, RIGHT)]
+    for room, corners in zip(rooms, (LEFT, RIGHT)):
+        stamp(scene, room, white * 0.84, 0.01, 8, -0.4)                                            # the walls
+        stamp(scene, soft(rounded(scene, corners, 0.02), 9), white * 0.97, 0.012, 8)               # the floor
+    return rooms
+
+
+def spoil_box(scene, fault, bowl, field, granola, skins):
+    """Draws a structural fault into the finished box; returns its shape."""
+    rng = scene.rng
+    if fault == "bruised_fruit":
+        skin = skins[rng.integers(len(skins))]
+        damage = common(blob(scene, somewhere(scene, skin), 0.03, 0.055), skin)
+        stamp(scene, soft(damage, 2), (0.25, 0.13, 0.06), 0.2, 5, -0.4, alpha=rng.uniform(0.6, 0.95))
+    elif fault == "stain":
+        bare = reduce(minus, skins, bowl)
+        damage = common(blob(scene, somewhere(scene, bare), 0.03, 0.06), bare)
+        stamp(scene, soft(damage, 1.5), (0.45, 0.25, 0.10), 0.2, 6, alpha=rng.uniform(0.35, 0.8))
+    elif fault == "foreign_body":
+        colour = [(0.16, 0.28, 0.62), (0.13, 0.13, 0.14), (0.16, 0.45, 0.20), (0.80, 0.80, 0.83)][rng.integers(4)]
+        centre, length, width = somewhere(scene, field), rng.uniform(0.06, 0.12), rng.uniform(0.025, 0.05)
+        damage = box(scene, centre, length, width, rng.uniform(0, 180), rng.uniform(0.003, 0.011))
+        stamp(scene, damage, colour, 0.05, 3, 0.7, 0.2, 0.5)
+    elif fault == "torn_tray":                                             # a ragged wedge from a side, below the food
+        along, depth, half = rng.uniform(-0.25, 0.25), rng.uniform(0.09, 0.16), rng.uniform(0.02, 0.045)
+        inward = np.concatenate([np.linspace(0, 1, 8), np.linspace(1, 0, 8)])
+        flank = half * (1 - inward) * np.repeat((-1, 1), 8) + rng.normal(size=16) * 0.007
+        wedge = np.stack([along + flank, 0.5 - depth * inward], 1)
+        torn = common(polygon(scene, turned(wedge, TRAY[0], rng.choice((0, 90, 180, 270)))), box(scene, *TRAY))
+        damage = reduce(minus, [*skins, field], torn)
+        stamp(scene, soft(damage, 1), (0.12, 0.12, 0.14), 0.1)
+    elif fault == "crushed_cereal":
+        damage = common(blob(scene, somewhere(scene, granola), 0.045, 0.075), field)
+        stamp(scene, soft(damage, 4), (0.60, 0.44, 0.25), 0.1)
+        crumbs = scatter(scene, damage, 0.008)
+        heap(scene, [CRUMB] * len(crumbs), crumbs)
+    return damage
+
+
+def breakfast_box(scene, fault=None):
+    """A tray: left two tangerines and one nectarine, right granola above, banana chips and almonds below."""
+    rng, side = scene.rng, scene.side
+    scene.aim(0.006, 1.0, 0.008)
+    if fault == "sides_swapped":                                                                   # x becomes 1 - x
+        scene.pose[:, 2] += scene.pose[:, 0]
+        scene.pose[:, 0] *= -1
+    background(scene, (0.12, 0.12, 0.15), 0.05)
+    bowl, room = tray(scene)
+
+    fruits = rng.permutation(list(rng.choice(FRUITS.get(fault, ["TTN"]))))
+    heights = np.linspace(0.19, 0.76, max(3, len(fruits)))
+    lean = rng.choice((-1, 1)) * rng.normal(0.042, 0.005) * (-1.0) ** np.arange(len(heights))      # zigzag
+    skins = {"T": [], "N": []}
+    for fruit, k in zip(fruits, rng.permutation(len(heights))):
+        centre = (0.183 + 0.11 * heights[k] + lean[k], heights[k]) + rng.normal(size=2) * 0.008
+        skins[fruit].append((tangerine if fruit == "T" else nectarine)(scene, centre))
+
+    field = rounded(scene, RIGHT, 0.035)
+    stamp(scene, field, (0.22, 0.12, 0.05), 0.2)
+    y, x = np.mgrid[0:side, 0:side].astype(np.float32)
+    downward = y + x * rng.normal(0, 0.03)
+    order = {"cereal_below": -downward, "cereal_beside": x * rng.choice((-1, 1)) + y * rng.normal(0, 0.1),
+             "cereal_mixed": noise(rng, side, side, side / 9)}.get(fault, downward)
+    usual = share = rng.normal(0.6, 0.02)
+    if fault == "wrong_ratio":
+        share += rng.choice((-1, 1)) * rng.uniform(0.15, 0.22)
+    granola = portion(field, order, share)
+    rest = minus(field, granola)
+    oats, mix = scatter(scene, granola, 0.0165), scatter(scene, rest, 0.034)
+    heap(scene, [OAT] * len(oats), oats)
+    almonds = {"missing_chips": 1.0, "missing_almonds": 0.0}.get(fault, rng.normal(0.36, 0.04)) * len(mix)
+    heap(scene, np.where(rng.permutation(len(mix)) < almonds, ALMOND, CHIP), mix)
+
+    regions = []
+    if fault == "missing_fruit":
+        regions = [bowl]
+    elif fault in FRUITS:
+        regions = [reduce(union, skins["T" if len(skins["T"]) > 2 else "N"])]
+    elif fault == "wrong_ratio":
+        more, less = (portion(field, order, pick(usual, share)) for pick in (max, min))
+        regions = [minus(more, less)]
+    elif fault == "sides_swapped":
+        regions = [bowl, room]
+    elif fault in ("cereal_below", "cereal_beside", "cereal_mixed"):
+        regions = [granola, rest]
+    elif fault in ("missing_chips", "missing_almonds"):
+        regions = [rest]
+    elif fault:
+        regions = [spoil_box(scene, fault, bowl, field, granola, skins["T"] + skins["N"])]
+    scene.regions = [(fault, region) for region in regions]
+
+
+JUICE_BOTTLE = {
+    **dict.fromkeys(("wrong_icon", "missing_icon", "missing_label", "swapped_labels", "shifted_label", "overfilled",
+                     "underfilled", "empty_bottle"), ("logical_anomalies", 0.5, True)),
+    "two_icons": ("logical_anomalies", 720, False),
+    **dict.fromkeys(("damaged_label", "rotated_label", "foreign_body", "unknown_juice", "damaged_cap"),
+                    ("structural_anomalies", 1.0, True)),
+}
+JUICES = {"mango": (0.72, 0.65, 0.24), "cherry": (0.32, 0.09, 0.06), "banana": (0.72, 0.69, 0.57)}
+UNKNOWN = ((0.25, 0.45, 0.15), (0.16, 0.30, 0.55), (0.45, 0.22, 0.50), (0.75, 0.38, 0.08), (0.10, 0.08, 0.08))
+GLASS = np.array([(0.145, 0.15), (0.145, 0.29), (0.16, 0.325), (0.21, 0.355), (0.238, 0.395), (0.245, 0.45),
+                  (0.243, 0.62), (0.236, 0.72), (0.243, 0.82), (0.243, 0.895), (0.232, 0.92)])     # half width, height
+
+
+def ring(x, y, rx, ry, start=0, end=360):
+    """Points along an ellipse, or along its arc between two angles in degrees."""
+    return [(x + rx * np.cos(a), y + ry * np.sin(a)) for a in np.radians(np.linspace(start, end, 13))]
+
+
+GLYPHS = {"1": [[(0.25, 0.2), (0.5, 0), (0.5, 1)], [(0.25, 1), (0.75, 1)]], "0": [ring(0.5, 0.5, 0.36, 0.5)],
+          "%": [[(0.9, 0), (0.1, 1)], ring(0.2, 0.2, 0.17, 0.2), ring(0.8, 0.8, 0.17, 0.2)],
+          "J": [[(0.7, 0), (0.7, 0.75), *ring(0.45, 0.75, 0.25, 0.25, 30, 180)]],
+          "u": [[(0.15, 0.35), *ring(0.5, 0.72, 0.35, 0.28, 180, 0), (0.85, 0.35), (0.85, 1)]],
+          "i": [[(0.5, 0.35), (0.5, 1)], [(0.5, 0), (0.5, 0.08)]], "c": [ring(0.5, 0.67, 0.35, 0.33, -45, -315)],
+          "e": [[(0.2, 0.67), *ring(0.5, 0.67, 0.35, 0.33, 0, -315)]]}
+
+
+def half_width(height):
+    return np.interp(height, GLASS[:, 1], GLASS[:, 0])
+
+
+def bottle_part(scene, inset, top=0.15):
+    """The bottle's outline below height `top`, made narrower by `inset` on each side."""
+    y = np.array([top, *GLASS[GLASS[:, 1] > top, 1]])
+    half, y = half_width(y) - inset, np.minimum(y, GLASS[-1, 1] - inset)
+    return polygon(scene, np.concatenate([np.stack([0.5 - half, y], 1), np.stack([0.5 + half, y], 1)[::-1]]))
+
+
+def icon(scene, fruit, centre, angle):
+    """Paints a fruit about 0.12 wide at a centre; returns the area it takes."""
+    def at(*points):
+        return turned(points, centre, angle)
+
+    if fruit == "mango":
+        stamp(scene, ellipse(scene, at((0.012, 0.008))[0], 0.052, 0.03, angle), (0.93, 0.55, 0.10), 0.04, 4, 0.5, 0.15)
+        tip, stalk = (-0.065, 0), (0.025, -0.02)
+        leaf = [*curve(tip, (-0.03, -0.045), stalk), *curve(stalk, (-0.02, -0.015), tip)]
+        stamp(scene, polygon(scene, at(*leaf)), (0.10, 0.30, 0.12), 0.1)
+    if fruit == "cherry":
+        stems = [stroke(scene, at(*curve((0.005, -0.042), (x / 2, -0.02), (x, 0.012))), 0.006) for x in (-0.03, 0.032)]
+        stamp(scene, reduce(union, stems), (0.20, 0.42, 0.14), 0.05)
+        for x in (-0.028, 0.03):
+            stamp(scene, ellipse(scene, at((x, 0.016))[0], 0.029, 0.023, angle), (0.62, 0.09, 0.08), 0.04, 4, 0.6, 0.25)
+    if fruit == "banana":
+        for y in (-0.012, 0.002, 0.016):
+            finger = at(*curve((-0.058, y + 0.008), (0.01, y + 0.03), (0.04, y - 0.03)))
+            stamp(scene, stroke(scene, finger, 0.021), (0.30, 0.30, 0.08), 0)
+            stamp(scene, stroke(scene, finger, 0.014), (0.80, 0.76, 0.15), 0.05, 4, 0.3)
+        stamp(scene, stroke(scene, at((0.035, -0.042), (0.045, -0.046)), 0.013), (0.12, 0.13, 0.08), 0)
+    return ellipse(scene, centre, 0.075, 0.045, angle)
+
+
+def label(scene, paper, centre, width, height, angle, text):
+    """Prints a label, the shape `paper` with a frame, and the text where asked for."""
+    stamp(scene, paper, (0.93, 0.66, 0.25) * scene.rng.normal(1, 0.02, 3), 0.03, 3)
+    shine = common(soft(box(scene, centre, width * 0.7, height * 0.5, angle), 16), paper)
+    stamp(scene, shine, (0.96, 0.86, 0.50), 0.03)
+    outer, inner = (box(scene, centre, width * 0.92 - d, height * 0.84 - d, angle, 0.02 - d / 2) for d in (0, 0.006))
+    stamp(scene, minus(outer, inner), (0.36, 0.30, 0.16), 0.05)
+    if text:
+        lines = [np.array(line) * (0.021, 0.036) + (0.0295 * (k - 4.9), -0.018)
+                 for k, letter in enumerate("100% Juice") for line in GLYPHS.get(letter, [])]
+        print_ = [stroke(scene, turned(line, centre, angle), 0.0075) for line in lines]
+        stamp(scene, reduce(union, print_), (0.16, 0.14, 0.11), 0)
+
+
+def spoil_bottle(scene, fault, papers, paper, thread, juice):
+    """Draws a structural fault onto the finished bottle, a damaged label onto `paper`; returns its shape."""
+    rng = scene.rng
+    if fault == "damaged_label":                                                # torn down to the juice, or stained
+        damage = common(blob(scene, somewhere(scene, paper), 0.03, 0.06), paper)
+        colour, alpha = (juice, 1) if rng.random() < 0.5 else ((0.30, 0.18, 0.10), rng.uniform(0.4, 0.8))
+        stamp(scene, damage, colour, 0.1, 5, -0.2, alpha=alpha)
+    elif fault == "foreign_body":
+        clear = reduce(minus, papers, bottle_part(scene, 0.03, 0.3))
+        damage = common(blob(scene, somewhere(scene, clear), 0.016, 0.035), clear)
+        colour = [(0.10, 0.09, 0.08), (0.66, 0.65, 0.62), (0.15, 0.35, 0.15)][rng.integers(3)]
+        stamp(scene, soft(damage, 1), colour, 0.2, 4, 0.5)
+    elif fault == "damaged_cap":                                                # a piece chipped off the screw thread
+        edge = 0.5 + rng.choice((-1, 1)) * rng.uniform(0.08, 0.15), rng.uniform(0.085, 0.15)
+        damage = common(blob(scene, edge, 0.025, 0.045), thread)
+        stamp(scene, damage, (0.03, 0.03, 0.035), 0.2, 4)
+        stamp(scene, minus(damage, blob(scene, edge, 0.02, 0.03)), (0.6, 0.62, 0.66), 0.3, 3, alpha=0.6)
+    return damage
+
+
+def juice_bottle(scene, fault=None):
+    """A bottle of one of three juices before black; the fruit on its upper label is the juice's, the lower one reads
+    100% Juice, and it is filled up to the neck."""
+    rng = scene.rng
+    scene.aim(0.008, 0.7, 0.008)
+    background(scene, (0.022, 0.022, 0.028), 0.1)
+    stamp(scene, soft(box(scene, (0.5, 0.99), 1.4, 0.16), 5), (0.05, 0.05, 0.055), 0.2)            # the table
+
+    juice = list(JUICES)[rng.integers(3)]
+    others = [name for name in JUICES if name != juice]
+    colour = UNKNOWN[rng.integers(len(UNKNOWN))] if fault == "unknown_juice" else JUICES[juice]
+    colour = colour * rng.normal(1, (0.015, 0.015, 0.015)) * rng.normal(1, 0.05)
+    usual = level = rng.normal(0.228, 0.005)
+    if fault == "overfilled":
+        level = rng.uniform(0.155, 0.18)
+    elif fault == "underfilled":
+        level = rng.uniform(0.33, 0.48)
+    glass = bottle_part(scene, 0)
+    stamp(scene, glass, (0.075, 0.08, 0.085), 0.1, 8)
+    stamp(scene, minus(glass, bottle_part(scene, 0.012)), (0.22, 0.22, 0.23), 0.25, 20)
+    filled = bottle_part(scene, 0.016, level)
+    if fault != "empty_bottle":
+        stamp(scene, filled, colour, 0.03, 30, 0.45)
+        stamp(scene, common(soft(box(scene, (0.5, 0.72), 0.34, 0.4), 30), filled), colour * 0.82, 0.02, 30, alpha=0.7)
+        stamp(scene, ellipse(scene, (0.5, level), half_width(level) - 0.016, 0.007), colour * 0.7 + 0.12, 0.1, 3)
+    for sign in (-1, 1):                                                                           # light on the glass
+        for x, top, bottom in ((0.228, 0.42, 0.6), (0.212, 0.74, 0.88), (0.136, 0.17, 0.29)):
+            gleam = stroke(scene, [(0.5 + sign * x, top), (0.5 + sign * (x + 0.003), bottom)], 0.008)
+            stamp(scene, soft(gleam, 2), (0.85, 0.87, 0.9), 0, alpha=rng.uniform(0.25, 0.55))
+        shoulder = curve((0.5 + sign * 0.07, 0.40), (0.5 + sign * 0.19, 0.385), (0.5 + sign * 0.215, 0.44))
+        stamp(scene, soft(stroke(scene, shoulder, 0.014), 3), (0.95, 0.95, 0.92), 0, alpha=rng.uniform(0.2, 0.4))
+    rings = [box(scene, (0.5, y), width, 0.026, rng.normal() * 0.5, 0.011)
+             for y, width in ((0.085, 0.336), (0.11, 0.32), (0.135, 0.34), (0.155, 0.332))]
+    for turn in rings:
+        stamp(scene, turn, (0.17, 0.18, 0.20), 0.3, 14, 0.9, 0.3)
+
+    fruit = others[rng.integers(2)] if fault == "wrong_icon" else juice
+    spots = {"missing_icon": (), "two_icons": (-0.075, 0.075)}.get(fault, (0,))
+    heights = [0.545, 0.80][::-1 if fault == "swapped_labels" else 1] + rng.normal(size=2) * 0.003
+    odd = rng.integers(2)                                                                          # the label at fault
+    papers, icons = [], []
+    for k, (width, height) in enumerate(((0.345, 0.165), (0.33, 0.082))):
+        centre, angle = np.array([0.5 + rng.normal() * 0.005, heights[k]]), rng.normal() * 0.7
+        if fault == "shifted_label" and k == odd:
+            centre += [(rng.choice((-1, 1)) * 0.06, 0), (0, (0.09, -0.09)[k])][rng.integers(2)]
+        if fault == "rotated_label" and k == odd:
+            angle += rng.choice((-1, 1)) * rng.uniform(6, 15)
+        papers.append(box(scene, centre, width, height, angle))
+        if fault == "missing_label" and k == odd:
+            continue
+        label(scene, papers[k], centre, width, height, angle, text=k == 1)
+        for x in spots if k == 0 else ():
+            icons.append(icon(scene, fruit, turned((x, 0.004), centre, angle), angle))
+
+    regions = []
+    if fault in ("wrong_icon", "two_icons"):
+        regions = [reduce(union, icons)]
+    elif fault == "missing_icon":
+        regions = [ellipse(scene, (0.5, heights[0]), 0.075, 0.045)]
+    elif fault == "swapped_labels":
+        regions = papers
+    elif fault in ("missing_label", "shifted_label", "rotated_label"):
+        regions = [papers[odd]]
+    elif fault in ("overfilled", "underfilled"):
+        more, less = (bottle_part(scene, 0.016, pick(usual, level)) for pick in (min, max))
+        regions = [minus(more, less)]
+    elif fault in ("empty_bottle", "unknown_juice"):
+        regions = [reduce(minus, papers, filled)]
+    elif fault:
+        regions = [spoil_bottle(scene, fault, papers, papers[odd], reduce(union, rings), colour)]
+    scene.regions = [(fault, region) for region in regions]
+
+
+TURN = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+CIRCLE = np.stack([np.cos(TURN), np.sin(TURN)], 1)                                   # (60, 2)
+
+
+def slab(w, h):
+    """Outline of a w x h rectangle with round corners, about the origin."""
+    return np.sign(CIRCLE) * np.abs(CIRCLE) ** 0.25 * (w / 2, h / 2)
+
+
+def lying(points, centre, angle, squeeze):
+    """Points about the origin, turned and moved. LOCO's photos are wider than high and ours are square: lengths across
+    shrink by `squeeze`, the real photo's height / width."""
+    return turned(points, (0, 0), angle) * (squeeze, 1) + centre
+
+
+def strokes(scene, lines, width):
+    """Many square-ended lines as one shape."""
+    shape = Image.new("L", (scene.side, scene.side))
+    draw = ImageDraw.Draw(shape)
+    for line in lines:
+        draw.line(scene.pixels(line), fill=255, width=max(1, round(width * scene.side)), joint="curve")
+    return shape
+
+
+PUSHPINS = {                          # fault: (kind, saturation threshold, relative); areas in pixels of a 256 px photo
+    "missing_pushpin": ("logical_anomalies", 260, False),
+    "additional_pushpin": ("logical_anomalies", 260, False),
+    "moved_pushpin": ("logical_anomalies", 260, False),
+    "two_missing_pushpins": ("logical_anomalies", 260, False),
+    "two_additional_pushpins": ("logical_anomalies", 260, False),
+    "missing_divider": ("logical_anomalies", 0.5, True),
+    "bent_pushpin": ("structural_anomalies", 1.0, True),
+    "broken_pushpin": ("structural_anomalies", 1.0, True),
+    "missing_needle": ("structural_anomalies", 1.0, True),
+    "wrong_colour": ("structural_anomalies", 1.0, True),
+    "foreign_body": ("structural_anomalies", 1.0, True),
+}
+PINS_OFF = {"missing_pushpin": [-1], "additional_pushpin": [1], "moved_pushpin": [-1, 1],
+            "two_missing_pushpins": [-1, -1], "two_additional_pushpins": [1, 1]}     # one number a compartment hit
+COLUMNS, ROWS = (0.025, 0.21, 0.40, 0.59, 0.78, 0.97), (0.06, 0.36, 0.655, 0.95)     # where the walls stand
+HALF = np.array([(-0.064, 0.036), (-0.05, 0.038), (-0.042, 0.020), (0.022, 0.016), (0.03, 0.036), (0.04, 0.042),
+                 (0.05, 0.034), (0.056, 0.012)])                                     # of a pin: (along, across)
+PIN = np.concatenate([HALF, HALF[::-1] * (1, -1)])
+NEEDLE = np.array([(0.05, 0), (0.10, 0), (0.155, 0)])
+NO_YELLOW = [(0.75, 0.10, 0.08), (0.12, 0.50, 0.20), (0.15, 0.25, 0.70), (0.80, 0.80, 0.78)]
+
+
+def pushpin(scene, low, high, taken, fault):
+    """One pin at any angle between the corners low and high, clear of the centres `taken`. Returns its body's shape."""
+    rng = scene.rng
+    body, angle = PIN * rng.normal(1, 0.03), rng.uniform(0, 360)
+    colour = np.array((0.98, 0.66, 0.04)) * rng.normal(1, 0.04)
+    reach = lying(np.concatenate([body, NEEDLE]), (0, 0), angle, 0.59)
+    spots = rng.uniform(low + 0.012 - reach.min(0), high - 0.012 - reach.max(0), (20, 2))
+    spot = max(spots, key=lambda s: min((np.linalg.norm((s - t) / (0.59, 1)) for t in taken), default=0))
+    taken.append(spot)
+    put = partial(lying, centre=spot, angle=angle, squeeze=0.59)
+    shape, needle = polygon(scene, put(body)), NEEDLE.copy()
+    if fault == "wrong_colour":
+        colour = np.array(NO_YELLOW[rng.integers(4)])
+        scene.regions.append((fault, shape))
+    if fault == "bent_pushpin":
+        needle[2] = needle[1] + turned([(0.055, 0)], (0, 0), rng.choice((-1, 1)) * rng.uniform(50, 110))[0]
+    if fault in ("bent_pushpin", "missing_needle"):
+        scene.regions.append((fault, stroke(scene, put(needle), 0.03)))
+    if fault == "broken_pushpin":                                                    # the head has snapped off
+        cut = rng.uniform(-0.03, 0.02)
+        head = [(cut, -0.06), (cut + 0.015, 0), (cut, 0.06), (-0.1, 0.06), (-0.1, -0.06)]
+        gone = common(shape, polygon(scene, put(head)))
+        shape = minus(shape, gone)
+        scene.regions.append((fault, gone))
+    if fault != "missing_needle":
+        stamp(scene, stroke(scene, put(needle), 0.0065), (0.50, 0.46, 0.42), grain=0.15)
+    stamp(scene, shape, colour, bulge=0.45, gloss=0.25)
+    flanges = strokes(scene, [put([(along, -0.036), (along, 0.036)]) for along in (-0.057, 0.043)], 0.009)
+    stamp(scene, common(flanges, shape), colour * 1.12, alpha=0.8)                   # they catch the light
+    return shape
+
+
+def pushpins(scene, fault=None):
+    """A clear box of 3 x 5 compartments with exactly one yellow pin in each, at any angle."""
+    rng = scene.rng
+    scene.aim(0.008, 0.6, 0.012)
+    background(scene, (0.045, 0.045, 0.055), grain=0.06, blotch=0.2)
+    walls = [[(COLUMNS[c], ROWS[r]), (COLUMNS[c], ROWS[r + 1])] for c in range(1, 5) for r in range(3)]
+    walls += [[(COLUMNS[c], ROWS[r]), (COLUMNS[c + 1], ROWS[r])] for r in (1, 2) for c in range(5)]
+    walls = [np.array(wall) + rng.normal(0, 0.0015, (2, 2)) for wall in walls]
+    joints = [wall[0] for wall in walls if wall[0].min() > 0.1]
+    if fault == "missing_divider":
+        scene.regions.append((fault, stroke(scene, walls.pop(rng.integers(len(walls))), 0.02)))
+    grey = (0.62, 0.59, 0.57)
+    clip = [(0.39, 0.05), (0.4, 0.012), (0.42, 0.03), (0.57, 0.03), (0.59, 0.012), (0.6, 0.05)]
+    stamp(scene, polygon(scene, clip), grey, grain=0.2, alpha=0.3)
+    stamp(scene, box(scene, (0.495, 0.033), 0.08, 0.034, radius=0.008), (0.3, 0.32, 0.36), bulge=0.6, alpha=0.8)
+    stamp(scene, stroke(scene, [(0.1, 0.982), (0.9, 0.982)], 0.014), grey, grain=0.15, scale=25, alpha=0.3)
+    frames = [box(scene, (0.4975, 0.505), 0.945 + w, 0.89 + w, radius=0.045 + w / 2)
+              for w in (0.022, 0.014, -0.012, -0.02)]
+    stamp(scene, minus(frames[0], frames[3]), grey, grain=0, alpha=0.22)
+    rims = union(minus(frames[0], frames[1]), minus(frames[2], frames[3]))
+    stamp(scene, union(rims, strokes(scene, walls, 0.0095)), grey, grain=0.2, scale=20, alpha=0.6)
+    stamp(scene, strokes(scene, [[joint - (0, 0.012), joint + (0, 0.012)] for joint in joints], 0.02), grey, alpha=0.6)
+
+    count, order = np.ones(15, int), rng.permutation(15)                             # a fault hits the first of `order`
+    for cell, off in zip(order, PINS_OFF.get(fault, [])):
+        count[cell] += off
+    for cell in range(15):
+        row, column = divmod(cell, 5)
+        low, high = np.array((COLUMNS[column], ROWS[row])), np.array((COLUMNS[column + 1], ROWS[row + 1]))
+        taken, here = [], fault if cell == order[0] else None
+        pins = [pushpin(scene, low, high, taken, here) for _ in range(count[cell])]
+        if not pins:
+            scene.regions.append((fault, box(scene, (low + high) / 2, 0.175, 0.28)))
+        if len(pins) > 1:
+            scene.regions.append((fault, union(*pins)))
+        if here == "foreign_body":
+            spot = (low + high) / 2 + rng.uniform(-0.05, 0.05, 2)
+            thing = ellipse(scene, spot, *rng.uniform(0.02, 0.045, 2), wobble=0.25)
+            stamp(scene, thing, rng.uniform(0.25, 0.75, 3) * (0.8, 0.8, 1), grain=0.2, bulge=0.5)
+            scene.regions.append((fault, thing))
+
+
+SPLICING_CONNECTORS = {
+    "wrong_cable_colour": ("logical_anomalies", 0.7, True),
+    "unequal_connectors": ("logical_anomalies", 0.4, True),
+    "wrong_cable_location": ("logical_anomalies", 0.5, True),
+    "extra_cable": ("logical_anomalies", 0.5, True),
+    "missing_cable": ("logical_anomalies", 700, False),
+    "missing_connector": ("logical_anomalies", 0.8, True),
+    "reversed_connector": ("logical_anomalies", 0.8, True),
+    "loose_cable": ("logical_anomalies", 0.5, True),
+    "cut_cable": ("structural_anomalies", 1.0, True),
+    "frayed_cable": ("structural_anomalies", 1.0, True),
+    "open_lever": ("structural_anomalies", 1.0, True),
+    "broken_connector": ("structural_anomalies", 1.0, True),
+    "stain": ("structural_anomalies", 1.0, True),
+}
+CABLES = {2: (0.86, 0.68, 0.16), 3: (0.26, 0.32, 0.72), 5: (0.74, 0.13, 0.11)}       # colour by number of clamps
+PITCH = 0.098                                                                        # of the clamps
+ORANGE, COPPER = np.array((0.96, 0.31, 0.07)), np.array((0.72, 0.42, 0.22))
+
+
+def mesh(scene):
+    """Cuts the background into expanded metal: rounded wires where |cos u + cos v| is small, and between them staggered
+    diamond holes."""
+    n, rng = scene.side, scene.rng
+    angle, k = rng.normal(0, 0.01), 2 * math.pi / (0.075 * n)
+    c, s = k * math.cos(angle), k * math.sin(angle)
+    x, y = np.arange(n, dtype=np.float32), np.arange(n, dtype=np.float32)[:, None]
+    a, b = np.cos(c * x - s * y + rng.uniform(0, 6.3)), np.cos(s * x + c * y + rng.uniform(0, 6.3))     # (n, n) each
+    wire = np.clip(1.2 - np.abs(a + b + 0.08) / 0.52, 0, 1)                          # 1 on a wire, 0 in a hole
+    knot = np.square(np.square(np.square((a - b) / 2)))                              # 1 where wires meet: a glint
+    scene.photo *= (0.06 + wire * (0.62 + 0.5 * knot * wire) * (1 + 0.25 * (a + b)))[..., None]
+
+
+def connector(scene, place, clamps, used, fault):
+    """A connector at place (centre, angle, side: 1 levers to the right, -1 left); the clamps in `used` {clamp: colour}
+    show the cable. Returns its shape."""
+    rng, (centre, angle, side) = scene.rng, place
+    orange, hit, gone = ORANGE * rng.normal(1, 0.05), rng.integers(clamps), None
+
+    def part(x, y, w, h):
+        shape = polygon(scene, lying(slab(w, h) + (side * x, y), centre, angle, 0.5))
+        return minus(shape, gone) if gone else shape
+
+    whole = part(0, 0, 0.32, clamps * PITCH + 0.03)
+    if fault == "broken_connector":                                                  # a corner or an end of it
+        spot = (side * rng.uniform(-0.15, 0.12), rng.choice((-1, 1)) * clamps * PITCH / 2)
+        gone = ellipse(scene, lying([spot], centre, angle, 0.5)[0], *rng.uniform(0.04, 0.07, 2), wobble=0.4)
+        scene.regions.append((fault, common(whole, gone)))
+    housing = part(-0.02, 0, 0.28, clamps * PITCH + 0.025)
+    stamp(scene, housing, (0.62, 0.56, 0.54), grain=0.06, bulge=0.4, shadow=0.6, alpha=0.7)
+    for clamp in range(clamps):
+        y, lifted = (clamp - (clamps - 1) / 2) * PITCH, fault == "open_lever" and clamp == hit
+        lever = part(0.14 if lifted else 0.055, y, 0.28 if lifted else 0.2, PITCH * 0.92)
+        stamp(scene, part(-0.115, y, 0.05, 0.05), (0.78, 0.74, 0.73), grain=0.06, bulge=0.6, alpha=0.6)
+        stamp(scene, lever, orange, grain=0.04, bulge=0.45, shadow=0.5)
+        stamp(scene, part(-0.02, y - 0.006, 0.085, 0.045), (0.45, 0.35, 0.31), grain=0.25, bulge=0.4)
+        stamp(scene, part(-0.03, y - 0.004, 0.045, 0.026), used.get(clamp, (0.55, 0.53, 0.52)), grain=0.2, alpha=0.6)
+        if lifted:
+            stamp(scene, part(0.03, y, 0.1, PITCH * 0.7), (0.16, 0.12, 0.11), grain=0.3)
+            scene.regions.append((fault, lever))
+    if fault == "stain":
+        spot = (side * rng.uniform(-0.05, 0.13), rng.uniform(-0.5, 0.5) * (clamps - 0.6) * PITCH)
+        blot = ellipse(scene, lying([spot], centre, angle, 0.5)[0], *rng.uniform(0.03, 0.06, 2), wobble=0.35)
+        stamp(scene, soft(blot, 2), (0.13, 0.10, 0.07), grain=0.3, alpha=rng.uniform(0.7, 0.95))
+        scene.regions.append((fault, blot))
+    return whole
+
+
+def cable_path(rng, places, clamps, rows):
+    """(40, 2) points from clamp rows[0] of the left connector to clamp rows[1] of the right one, sagging a little."""
+    start, end = [lying([(side * 0.14, (row - (n - 1) / 2) * PITCH)], centre, angle, 0.5)[0]
+                  for (centre, angle, side), n, row in zip(places, clamps, rows)]
+    t = np.linspace(0, 1, 40)[:, None]
+    sag = rng.normal(0.02, 0.008) * np.sin(np.pi * t) + rng.normal(0, 0.008) * np.sin(2 * np.pi * t)
+    return start + t * (end - start) + (0, 1) * sag
+
+
+def cable(scene, path, colour, fault):
+    rng, i = scene.rng, scene.rng.integers(10, 26)                                   # a fault sits at path[i]
+    pieces = [path[:i], path[i + rng.integers(2, 5):] + (0, rng.normal(0, 0.015))] if fault == "cut_cable" else [path]
+    for piece in pieces:
+        stamp(scene, stroke(scene, piece, 0.025), colour, bulge=0.45, gloss=0.15, shadow=0.5)
+    if fault == "frayed_cable":                                                      # bare strands stick out
+        bare = path[i:i + rng.integers(4, 7)]
+        for _ in range(8):
+            strand = bare + np.sin(np.linspace(0, np.pi, len(bare)))[:, None] * rng.normal(0, (0.004, 0.016), 2)
+            stamp(scene, stroke(scene, strand, 0.006), COPPER * rng.uniform(0.6, 1.2), grain=0.2)
+    if fault in ("cut_cable", "frayed_cable"):
+        scene.regions.append((fault, stroke(scene, path[i:i + 4], 0.05)))
+
+
+def splicing_connectors(scene, fault=None):
+    """Two connectors of 2, 3 or 5 clamps, the same on both sides, and their colour of cable between mirrored clamps."""
+    rng = scene.rng
+    scene.aim(0.006, 0.6, 0.008)
+    background(scene, np.array((0.76, 0.72, 0.70)) * rng.normal(1, 0.04), grain=0.12, scale=6, blotch=0.05)
+    mesh(scene)
+    n, hit = int(rng.choice((2, 3, 5))), rng.integers(2)                             # hit: the side with the fault
+    (row, other), odd = rng.permutation(n)[:2], int(rng.choice([m for m in CABLES if m != n]))
+    places = [((0.19 + rng.normal(0, 0.008), 0.48 + rng.normal(0, 0.012)), rng.normal(0, 1.5), 1),
+              ((0.80 + rng.normal(0, 0.008), 0.50 + rng.normal(0, 0.012)), rng.normal(0, 1.5), -1)]
+    clamps, cables, colour = [n, n], [(row, row)], np.array(CABLES[n]) * rng.normal(1, 0.08)
+    if fault == "wrong_cable_colour":
+        colour = np.array(CABLES[odd]) * rng.normal(1, 0.08)
+    if fault == "unequal_connectors":
+        clamps[hit] = odd
+        cables = [(min(row, odd - 1),) * 2]
+    if fault == "wrong_cable_location":
+        cables = [(row, other)]
+    if fault == "extra_cable":
+        cables.append((other, other))
+
+    paths = [cable_path(rng, places, clamps, rows) for rows in cables]
+    shape = reduce(union, [stroke(scene, path, 0.025) for path in paths])
+    if fault in ("wrong_cable_colour", "wrong_cable_location", "extra_cable"):
+        scene.regions.append((fault, shape))
+    if fault == "missing_cable":
+        scene.regions.append((fault, stroke(scene, paths.pop(), 0.06)))
+        cables = []
+    if fault == "loose_cable":                                                       # it ends short of the connector
+        gap = np.arange(30, 40) if hit else np.arange(10)
+        scene.regions.append((fault, stroke(scene, paths[0][gap], 0.05)))
+        paths[0] = np.delete(paths[0], gap, axis=0)
+    if fault == "reversed_connector":
+        places[hit] = (*places[hit][:2], -places[hit][2])
+    for path in paths:
+        cable(scene, path, colour, fault)
+    bodies = []
+    for side in (0, 1):
+        if fault == "missing_connector" and side == hit:
+            bodies.append(polygon(scene, lying(slab(0.32, n * PITCH + 0.03), *places[side][:2], 0.5)))
+            continue
+        used = {rows[side]: colour for rows in cables}
+        bodies.append(connector(scene, places[side], clamps[side], used, fault if side == hit else None))
+    if fault in ("missing_connector", "reversed_connector"):
+        scene.regions.append((fault, bodies[hit]))
+    if fault == "unequal_connectors":
+        scene.regions.append((fault, union(*bodies)))
+
+
+SCREW_BAG = {
+    "missing_washer": ("logical_anomalies", 220, False),
+    "additional_washer": ("logical_anomalies", 220, False),
+    "missing_nut": ("logical_anomalies", 260, False),
+    "additional_nut": ("logical_anomalies", 260, False),
+    "missing_long_bolt": ("logical_anomalies", 800, False),
+    "missing_short_bolt": ("logical_anomalies", 550, False),
+    "additional_bolt": ("logical_anomalies", 550, False),
+    "two_long_bolts": ("logical_anomalies", 800, False),
+    "two_short_bolts": ("logical_anomalies", 550, False),
+    "broken_part": ("structural_anomalies", 1.0, True),
+    "rusty_part": ("structural_anomalies", 1.0, True),
+    "wrong_thread_colour": ("structural_anomalies", 1.0, True),
+    "torn_bag": ("structural_anomalies", 1.0, True),
+    "stained_bag": ("structural_anomalies", 1.0, True),
+}
+KINDS = ["long_bolt", "short_bolt", "washer", "nut"]
+# fault: (part out, part in)
+SWAPS = {"missing_washer": ("washer", None), "additional_washer": (None, "washer"), "missing_nut": ("nut", None),
+         "additional_nut": (None, "nut"), "missing_long_bolt": ("long_bolt", None),
+         "missing_short_bolt": ("short_bolt", None), "additional_bolt": (None, "short_bolt"),
+         "two_long_bolts": ("short_bolt", "long_bolt"), "two_short_bolts": ("long_bolt", "short_bolt")}
+SHANK = {"long_bolt": 0.36, "short_bolt": 0.20}                                      # length in heights of the photo
+ROUND = {"washer": (CIRCLE * 0.062, CIRCLE * 0.042), "nut": (CIRCLE[::10] * 0.064, CIRCLE * 0.032)}     # outline, bore
+THREADS = [(0.75, 0.50, 0.12), (0.10, 0.10, 0.11), (0.62, 0.28, 0.16)]               # brass, black, copper
+DIRT = [(0.36, 0.21, 0.08), (0.42, 0.10, 0.08), (0.10, 0.28, 0.36)]
+
+
+def room_for(rng, kind, taken):
+    """Centre and angle of a part in the middle of the bag, clear of the others or as clear as 60 tries find.
+    taken: list of (x, y, half width) of points along the parts that lie there already."""
+    half, width = (SHANK[kind] / 2 + 0.025, 0.04) if kind in SHANK else (0, 0.05)
+    spine, others, tries = np.linspace((-half, 0), (half, 0), 9), np.array(taken).reshape(-1, 3), []
+    for _ in range(60):
+        centre, angle = rng.uniform((0.19, 0.25), (0.67, 0.73)), rng.uniform(0, 360)
+        points = lying(spine, centre, angle, 0.69)                                                     # (9, 2)
+        apart = np.linalg.norm((points[:, None] - others[:, :2]) / (0.69, 1), axis=2) - others[:, 2] - width
+        gap = min((points - (0.13, 0.17)).min(), ((0.73, 0.81) - points).min(), apart.min(initial=1))
+        tries.append((gap, centre, angle, points))
+        if gap > 0:
+            break
+    _, centre, angle, points = max(tries, key=lambda one: one[0])
+    taken.extend((x, y, width) for x, y in points)
+    return centre, angle
+
+
+def hardware(scene, kind, centre, angle, fault):
+    """A bolt, washer or nut. Returns its shape."""
+    rng, gone = scene.rng, None
+    put = partial(lying, centre=centre, angle=angle, squeeze=0.69)
+
+    def part(outline, bore=None):
+        shape = polygon(scene, put(outline))
+        if bore is not None:
+            shape = minus(shape, polygon(scene, put(bore)))
+        return minus(shape, gone) if gone else shape
+
+    def silhouette():
+        return union(part(head), part(shank)) if end else part(*ROUND[kind])
+
+    zinc, steel = np.array((0.66, 0.70, 0.74)) * rng.normal(1, 0.03), np.array((0.66, 0.66, 0.56)) * rng.normal(1, 0.03)
+    end = SHANK.get(kind, 0) / 2
+    head, shank = slab(0.05, 0.088) - (end, 0), slab(2 * end, 0.042)
+    if fault == "broken_part":
+        cut = rng.uniform(0.0, 0.1) - end if end else rng.uniform(-0.02, 0.02)
+        jags = [(cut + rng.uniform(-0.015, 0.015), y) for y in (-0.06, -0.02, 0.02, 0.06)]
+        whole, gone = silhouette(), part(jags + [(-0.3, 0.06), (-0.3, -0.06)])
+        scene.regions.append((fault, common(whole, gone)))
+    shape = silhouette()
+    if end:
+        if fault == "wrong_thread_colour":
+            steel = np.array(THREADS[rng.integers(3)])
+            scene.regions.append((fault, part(shank)))
+        n = int(end / 0.0035)
+        thread = np.stack([np.linspace(0.03 - end, end, n), np.where(np.arange(n) % 2, 0.03, -0.03)], 1)
+        stamp(scene, part(shank), steel, grain=0.1, bulge=0.6, gloss=0.3, shadow=0.4)
+        stamp(scene, common(stroke(scene, put(thread), 0.004), part(shank)), steel * 0.35, grain=0, alpha=0.5)
+        stamp(scene, part(head), zinc * 1.1, grain=0.05, bulge=0.6, gloss=0.3, shadow=0.4)
+        for y, tone in ((-0.018, 1.5), (0.012, 0.4)):                                # the round head mirrors the lamps
+            band = stroke(scene, put([(-end - 0.03, y), (0.03 - end, y)]), 0.013)
+            stamp(scene, common(band, part(head)), zinc * tone, grain=0, alpha=0.6)
+    else:
+        stamp(scene, shape, zinc, grain=0.1, bulge=0.8, gloss=0.35, shadow=0.4)
+        detail = stroke(scene, put([(0.034, 0), (0.054, 0.006)]), 0.006)             # a spring washer's gap
+        if kind == "nut":
+            detail = part(ROUND[kind][1] * 1.25, ROUND[kind][1])                     # the thread inside
+        stamp(scene, common(detail, shape), zinc * 0.4, grain=0.1, alpha=0.75)
+    if fault == "rusty_part":
+        rust = common(shape, ellipse(scene, centre, 0.09, 0.09, wobble=0.4))
+        stamp(scene, rust, (0.42, 0.20, 0.08), grain=0.35, scale=7, alpha=rng.uniform(0.7, 0.95))
+        scene.regions.append((fault, rust))
+    return shape
+
+
+def bag(scene):
+    """A clear bag with its folds, zip and print."""
+    rng, n = scene.rng, scene.side
+    corners = np.array([(0.07, 0.09), (0.925, 0.12), (0.925, 0.90), (0.065, 0.87)]) + rng.normal(0, 0.006, (4, 2))
+    film = polygon(scene, corners)
+    folds = np.tanh(2.5 * noise(rng, n, n, n / 4.5) + 0.6 * noise(rng, n, n, n / 14))
+    stamp(scene, film, (0.08, 0.08, 0.095), grain=0)
+    stamp(scene, common(film, Image.fromarray(np.uint8(127 + 127 * folds))), (0.12, 0.118, 0.115), grain=0.03)
+    for corner in corners[[0, 0, 1, 2, 3, 3]]:                                       # creases run in from the corners
+        end = rng.uniform(0.25, 0.7, 2)
+        crease = curve(corner, (corner + end) / 2 + rng.normal(0, 0.06, 2), end)
+        crease = common(film, stroke(scene, crease, rng.uniform(0.004, 0.012)))
+        stamp(scene, crease, (0.45, 0.44, 0.42), grain=0, alpha=rng.uniform(0.05, 0.2))
+    rim = np.linspace(corners, np.roll(corners, -1, 0), 12, axis=1) + rng.normal(0, 0.001, (4, 12, 2))
+    stamp(scene, strokes(scene, rim, 0.005), (0.40, 0.39, 0.38), grain=0, alpha=0.5)
+    stamp(scene, stroke(scene, [(0.782, 0.115), (0.786, 0.89)], 0.016), (0.62, 0.62, 0.64), bulge=0.6, alpha=0.6)
+    marks = [[(0.835, 0), (0.885, -0.035), (0.885, 0.035), (0.835, 0)], [(0.86, 0.06), (0.86, 0.088)],
+             [(0.817, -0.025), (0.817, 0.03)]]                                       # the recycling sign, over and over
+    marks = [mark + np.array((0, y)) for y in np.arange(rng.uniform(-0.1, 0.05), 1, 0.152) for mark in marks]
+    stamp(scene, common(strokes(scene, marks, 0.008), film), (0.85, 0.85, 0.85), grain=0.1)
+
+
+def screw_bag(scene, fault=None):
+    """A clear bag with two washers, two nuts, a long and a short bolt in any pose."""
+    rng = scene.rng
+    scene.aim(0.01, 1.0, 0.012)
+    background(scene, (0.03, 0.03, 0.032), grain=0.1, blotch=0.1)
+    bag(scene)
+    out, added = SWAPS.get(fault, (None, None))
+    count = {"long_bolt": 1, "short_bolt": 1, "washer": 2, "nut": 2}
+    parts = [kind for kind in KINDS for _ in range(count[kind] - (kind == out) + (kind == added))]
+    hit, taken, shapes = rng.integers(2 if fault == "wrong_thread_colour" else len(parts)), [], []
+    for i, kind in enumerate(parts):
+        shapes.append(hardware(scene, kind, *room_for(rng, kind, taken), fault if i == hit else None))
+    if added:
+        scene.regions.append((fault, reduce(union, [shape for shape, kind in zip(shapes, parts) if kind == added])))
+    elif out:
+        scene.regions.append((fault, polygon(scene, [(0.09, 0.11), (0.76, 0.13), (0.76, 0.87), (0.09, 0.85)])))
+    if fault in ("torn_bag", "stained_bag"):
+        outline = CIRCLE[::6] * rng.uniform(0.5, 1.2, (10, 1)) * rng.uniform(0.032, 0.06, 2)
+        centre = rng.uniform((0.14, 0.17), (0.7, 0.8))
+        spot, hole = polygon(scene, outline + centre), polygon(scene, outline * 0.75 + centre)
+        if fault == "torn_bag":                                                      # the torn film curls up, white
+            spot, hole = [minus(shape, reduce(union, shapes)) for shape in (spot, hole)]
+            stamp(scene, spot, (0.62, 0.61, 0.60), grain=0.25)
+            stamp(scene, hole, (0.025, 0.025, 0.027))
+        else:
+            stamp(scene, soft(spot, 2), DIRT[rng.integers(3)], grain=0.25, alpha=rng.uniform(0.55, 0.9))
+        scene.regions.append((fault, spot))
+
+
+# Each category: the function that draws it, and its faults {name: (kind, saturation threshold, relative saturation)}.
+TWIN = {"breakfast_box": (breakfast_box, BREAKFAST_BOX), "juice_bottle": (juice_bottle, JUICE_BOTTLE),
+        "pushpins": (pushpins, PUSHPINS), "screw_bag": (screw_bag, SCREW_BAG),
+        "splicing_connectors": (splicing_connectors, SPLICING_CONNECTORS)}
+
+
+def draw(category, split, kind, index, size, seed):
+    """One photo of a category: uint8 (size, size, 3) and its regions [(fault, bool (size, size))]. The faults of a kind
+    take turns; the photo depends on nothing but the arguments."""
+    scene_of, faults = TWIN[category]
+    names = [name for name, (its_kind, _, _) in faults.items() if its_kind == kind]
+    scene = Scene(np.random.default_rng([seed, zlib.crc32(f"{category}{split}{kind}".encode()), index]), 2 * size)
+    scene_of(scene, names[index % len(names)] if names else None)
+    return develop(scene, size)
+
+
+def draw_share(folder, category, counts, size, seed, share, shares):
+    """Draws and writes every `shares`-th photo of a category, from number `share` on: the work of one process."""
+    pixel_value = {name: 255 - i for i, name in enumerate(TWIN[category][1])}
+    photos = [(split, kind, i) for (split, kind), n in folders_of(counts).items() for i in range(n)]
+    for split, kind, i in photos[share::shares]:
+        photo, regions = draw(category, split, kind, i, size, seed)
+        truth = Path(folder, "ground_truth", kind, f"{i:03}")
+        for k, (name, region) in enumerate(regions):
+            truth.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(region * np.uint8(pixel_value[name])).save(truth / f"{k:03}.png")
+        Image.fromarray(photo).save(Path(folder, split, kind, f"{i:03}.png"), compress_level=1)
+
+
+def folders_of(counts):
+    """{(split, kind): number of photos}"""
+    return {("train", "good"): counts["train"], ("validation", "good"): counts["validation"],
+            **{("test", kind): counts[kind] for kind in ("good", "logical_anomalies", "structural_anomalies")}}
+
+
 def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int = 256, seed: int = 1):
-    import twin
-    sys.modules.setdefault("data", sys.modules[__name__])
-    twin.render(out, category, counts, size, seed)
-    (out / category / RENDERED_MARK).write_text(json.dumps({"counts": counts, "size": size, "seed": seed}) + "\n")
+    """Writes the rendered twin of one category, out/category, in MVTec LOCO's layout.
+
+    counts: photos by split and kind, as in COUNTS; size: the photo's side in pixels. The same arguments give the same
+    pixels on any number of processes. The folder appears once it is complete. Draw 0 is the one that the presets were
+    tuned on; the default and the README's figures are draw 1. Raises InputError where the folder exists already or
+    cannot be written.
+    """
+    out = Path(out)
+    if category not in TWIN:
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(category, TWIN, 1))
+        raise InputError(f"--category {category}: not one of the rendered {', '.join(TWIN)}{near}")
+    if (out / category).exists():
+        raise InputError(f"{out / category} exists already; remove it or give another --out")
+    total, shares = sum(folders_of(counts).values()), min(os.cpu_count() or 1, 16)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{category}-", dir=out) as unfinished:
+            folder = Path(unfinished, category)
+            for split, kind in folders_of(counts):
+                Path(folder, split, kind).mkdir(parents=True)
+            config = [{"defect_name": name, "pixel_value": 255 - i, "relative_saturation": relative,
+                       "saturation_threshold": threshold if relative else round(threshold * (size / 256) ** 2)}
+                      for i, (name, (_, threshold, relative)) in enumerate(TWIN[category][1].items())]
+            (folder / "defects_config.json").write_text(json.dumps(config, indent=4))
+            (folder / RENDERED_MARK).write_text(json.dumps({"counts": counts, "size": size, "seed": seed}) + "\n")
+            # Fresh interpreters, not a pool: nothing of the caller (torch, its threads) is forked or imported again.
+            start = ("import json, sys; sys.path.insert(0, sys.argv[1]); import data; "
+                     "data.draw_share(*json.loads(sys.argv[2]))")
+            here, work = str(Path(__file__).parent), [str(folder), category, counts, size, seed]
+            workers = [subprocess.Popen([sys.executable, "-c", start, here, json.dumps([*work, share, shares])],
+                                        stderr=subprocess.PIPE, text=True) for share in range(shares)]
+            try:
+                while any(w.poll() is None for w in workers):
+                    time.sleep(0.2)
+                    if sys.stderr.isatty():
+                        done = sum(1 for split, kind in folders_of(counts) for _ in (folder / split / kind).iterdir())
+                        print(f"\rrendering {category}: {done}/{total} photos", end="", file=sys.stderr)
+            finally:
+                for worker in workers:
+                    worker.kill()
+                    worker.wait()
+            said = [worker.communicate()[1].strip() or f"exit code {worker.returncode}" for worker in workers]
+            for worker, text in zip(workers, said):
+                if worker.returncode:
+                    raise InputError(f"rendering {out / category} failed ({text.splitlines()[-1]}); nothing was written")
+            folder.rename(out / category)
+    except OSError as error:
+        raise InputError(f"cannot write {out / category}: {error.strerror}; choose another --out") from error
+    print(f"\rrendered {category}: {total} photos of {size} x {size} pixels in {out / category}", file=sys.stderr)
 
 
 # Command line
