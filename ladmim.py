@@ -858,8 +858,9 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
 def report(run: Run):
     """What the run's codebooks and scores look like."""
     for line in [line for line in run.state["metrics"] if line["stage"] == "hvq"][-1:]:
-        print("codebooks: " + "; ".join(f"level {level}: {used} codes in use, perplexity {perplexity}" for level, used, perplexity
-                                        in zip(range(1, 99), line["codes_used"], line["perplexity"])))
+        health = enumerate(zip(line["codes_used"], line["perplexity"]), 1)
+        print("codebooks: " + "; ".join(f"level {level}: {used} codes in use, perplexity {perplexity}"
+                                        for level, (used, perplexity) in health))
     print(f"run: {run.folder}\n{evaluation.run_table(run.folder)}")
 
 
