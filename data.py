@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 import zlib
 from collections import Counter, deque
@@ -27,15 +26,15 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw, ImageFilter, UnidentifiedImageError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".pbm")
 SPLITS = ("train", "validation", "test")
 VALIDATION = ("validation", "valid", "val")          # MVTec LOCO's name first, then BMAD's
 RENDERED_MARK = "rendered.json"                      # in a category folder: drawn by this program, not photographed
-SCENES = ("breakfast_box", "juice_bottle", "pushpins", "screw_bag", "splicing_connectors")
-COUNTS = {"train": 100, "validation": 30, "good": 40, "logical_anomalies": 40, "structural_anomalies": 40}
+COUNTS = {"train": 100, "validation": 30, "test_good": 40, "test_logical": 40, "test_structural": 40}  # of the twin
+FOLDERS = {"train": "train/good", "validation": "validation/good", "test_good": "test/good",
+           "test_logical": "test/logical_anomalies", "test_structural": "test/structural_anomalies"}
 REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 CACHE_FORMAT = 1                                     # raise it when load_image reads anything differently
 Turn = Image.Transpose
@@ -448,8 +447,8 @@ def load_images(paths, size: int):
 # Feature cache
 
 def cached_features(paths: list[Path], size: int, backbone_key: str, compute, cache_dir: Path, shape: tuple[int, int],
-                    budget_gib: float = 4.0, batch_size: int = 16, progress=lambda done: None) -> torch.Tensor:
-    """Frozen features of the photos, each computed once and then read from cache_dir -> float16 (n, N, d0).
+                    budget_gib: float = 4.0, batch_size: int = 16, progress=lambda done: None):
+    """Frozen features of the photos, each computed once and then read from cache_dir -> float16 tensor (n, N, d0).
 
     compute: uint8 (batch_size, size, size, 3) -> (batch_size, N, d0); shape: (N, d0); progress(number done) is called.
     A file in the cache is named by its photo's bytes, the size, the shape and backbone_key, which must change with the
@@ -457,7 +456,9 @@ def cached_features(paths: list[Path], size: int, backbone_key: str, compute, ca
     them: standardising is the caller's. More than budget_gib of them are mapped from a nameless file in cache_dir.
     Raises BadPhotos for photos that cannot be read, after all others are cached: a second call without them is quick.
     """
-    features, writable = allocate(len(paths), shape, budget_gib, cache_dir), True
+    import torch  # not at the top: reading and drawing photos is quick without it
+
+    features, writable = torch.from_numpy(allocate(len(paths), shape, budget_gib, cache_dir)), True
     bad, batch, done = {}, [], 0
     settings = hashlib.blake2b(repr((CACHE_FORMAT, backbone_key, size, tuple(shape))).encode()).digest()
 
@@ -502,8 +503,8 @@ def cached_features(paths: list[Path], size: int, backbone_key: str, compute, ca
     return features
 
 
-def allocate(n: int, shape: tuple[int, int], budget_gib: float, cache_dir: Path) -> torch.Tensor:
-    """An empty (n, N, d0) float16 tensor: in memory or, beyond the budget, in a file that vanishes with the process."""
+def allocate(n: int, shape: tuple[int, int], budget_gib: float, cache_dir: Path) -> np.ndarray:
+    """An empty (n, N, d0) float16 array: in memory or, beyond the budget, in a file that vanishes with the process."""
     row = 2 * shape[0] * shape[1]                    # bytes
     if n * row > budget_gib * 2 ** 30:
         try:
@@ -512,11 +513,11 @@ def allocate(n: int, shape: tuple[int, int], budget_gib: float, cache_dir: Path)
                 for _ in range(n):                   # takes the room now: mapped pages that find none kill the process
                     file.write(bytes(row))
                 file.flush()
-                return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=(n, *shape)))
+                return np.memmap(file, np.float16, "r+", shape=(n, *shape))
         except OSError as error:
             print(f"warning: {cache_dir}: {n * row / 2 ** 30:.1f} GiB of features cannot be written ({error.strerror}) "
                   "and stay in memory", file=sys.stderr)
-    return torch.empty(n, *shape, dtype=torch.float16)
+    return np.empty((n, *shape), np.float16)
 
 
 def checksum(payload: bytes, key: str) -> bytes:
@@ -550,19 +551,19 @@ def write_row(path: Path, key: str, row: np.ndarray) -> bool:
         return False
 
 
-# The rendered twin of MVTec LOCO: a kit that draws parts into a photo, five scenes, and the folders they go to
+# Rendered twin: how a photo is drawn
 
 @dataclass
 class Scene:
-    """A photo in the making. Shapes are given in units of the photo's side, x right, y down, and pass through `pose`
-    (camera shift, turn, zoom) to canvas pixels. A shape is a Pillow "L" image of the canvas: 255 inside, 0 outside."""
+    """A photo in the making. Positions and lengths are in units of its side, x right, y down; `pose` (camera shift,
+    turn, zoom) takes them to canvas pixels. A shape is a Pillow "L" image of the canvas: 255 inside, 0 outside."""
     rng: np.random.Generator
-    side: int                                                  # canvas pixels: twice the photo's side
-    pose: np.ndarray = None                                    # (2, 3): points @ pose[:, :2].T + pose[:, 2]
-    photo: np.ndarray = None                                   # (side, side, 3) float32, 0 to 1, stored as 3 planes
-    regions: list = field(default_factory=list)                # (defect name, shape): the ground truth
+    side: int                                        # of the canvas in pixels, twice the photo's
+    pose: np.ndarray = None                          # (2, 3): points @ pose[:, :2].T + pose[:, 2]
+    photo: np.ndarray = None                         # (side, side, 3) float32, 0 to 1, stored as 3 planes
+    regions: list = field(default_factory=list)      # the fault's ground truth, shapes
 
-    def aim(self, shift=0.01, turn=1.5, zoom=0.02):
+    def aim(self, shift, turn, zoom):
         """Jitters the camera: shift in sides, turn in degrees, zoom relative; standard deviations, cut at two."""
         dx, dy, angle, scale = np.clip(self.rng.normal(size=4), -2, 2) * (shift, shift, math.radians(turn), zoom)
         c, s = math.cos(angle) * (1 + scale), math.sin(angle) * (1 + scale)
@@ -570,21 +571,46 @@ class Scene:
         self.pose = self.side * np.array([[c, -s, move[0]], [s, c, move[1]]])
 
     def pixels(self, points):
-        """(n, 2) scene units -> list of canvas pixel pairs."""
-        points = np.asarray(points, float).reshape(-1, 2)
-        return [tuple(p) for p in points @ self.pose[:, :2].T + self.pose[:, 2]]
+        """(..., 2) scene units -> (..., 2) canvas pixels."""
+        return np.asarray(points, float) @ self.pose[:, :2].T + self.pose[:, 2]
+
+
+def turned(points, angle, centre=(0, 0), squeeze=1):
+    """Points about the origin, turned by `angle` degrees and moved to `centre`. Where LOCO's photo is wider than high,
+    `squeeze`, its height / width, shrinks the lengths across, as our photos are square."""
+    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    return np.asarray(points) @ np.array([[c, s], [-s, c]]) * (squeeze, 1) + centre
+
+
+def curve(start, control, end):
+    """(24, 2) points of a quadratic Bezier curve."""
+    t = np.linspace(0, 1, 24)[:, None]
+    return (1 - t) ** 2 * np.asarray(start) + 2 * t * (1 - t) * np.asarray(control) + t ** 2 * np.asarray(end)
+
+
+CIRCLE = np.array([(np.cos(t), np.sin(t)) for t in np.linspace(0, 2 * np.pi, 60, endpoint=False)])   # (60, 2)
+
+
+def slab(w, h):
+    """Outline of a w x h rectangle with round corners, about the origin."""
+    return np.sign(CIRCLE) * np.abs(CIRCLE) ** 0.25 * (w / 2, h / 2)
 
 
 def polygon(scene, points):
     shape = Image.new("L", (scene.side, scene.side))
-    ImageDraw.Draw(shape).polygon(scene.pixels(points), fill=255)
+    ImageDraw.Draw(shape).polygon(scene.pixels(points).ravel().tolist(), fill=255)
     return shape
 
 
-def turned(points, centre, angle):
-    """Points about the origin, turned by `angle` degrees, moved to `centre`."""
-    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    return np.asarray(points) @ np.array([[c, s], [-s, c]]) + centre
+def stroke(scene, width, *lines, caps=True):
+    """Lines of a width, round at their joints and, with caps, at their ends."""
+    shape, w = Image.new("L", (scene.side, scene.side)), width * scene.side
+    pen = ImageDraw.Draw(shape)
+    for line in map(scene.pixels, lines):
+        pen.line(line.ravel().tolist(), fill=255, width=max(1, round(w)), joint="curve")
+        for x, y in line[[0, -1]] if caps else ():
+            pen.ellipse((x - w / 2, y - w / 2, x + w / 2, y + w / 2), fill=255)
+    return shape
 
 
 def ellipse(scene, centre, rx, ry, angle=0.0, wobble=0.0):
@@ -593,56 +619,47 @@ def ellipse(scene, centre, rx, ry, angle=0.0, wobble=0.0):
     r = np.ones_like(t)
     for k in (2, 3, 5) if wobble else ():
         r += wobble / k * scene.rng.normal() * np.cos(k * t + scene.rng.uniform(0, 2 * math.pi))
-    return polygon(scene, turned(np.stack([rx * r * np.cos(t), ry * r * np.sin(t)], 1), centre, angle))
+    return polygon(scene, turned(np.stack([rx * r * np.cos(t), ry * r * np.sin(t)], 1), angle, centre))
 
 
 def box(scene, centre, w, h, angle=0.0, radius=0.0):
-    """Rectangle of width w and height h with rounded corners."""
-    if not radius:
-        corners = [(-w / 2, -h / 2), (w / 2, -h / 2), (w / 2, h / 2), (-w / 2, h / 2)]
-    else:
-        t = np.linspace(0, 2 * math.pi, 32, endpoint=False)
-        corner = np.sign(np.stack([np.cos(t), np.sin(t)], 1)) * (w / 2 - radius, h / 2 - radius)
-        corners = corner + radius * np.stack([np.cos(t), np.sin(t)], 1)
-    return polygon(scene, turned(corners, centre, angle))
+    """Rectangle of width w and height h, its corners rounded by `radius`."""
+    t = np.linspace(0, 2 * math.pi, 32, endpoint=False) if radius else np.radians((225, 315, 45, 135))
+    corner = np.stack([np.cos(t), np.sin(t)], 1)
+    outline = np.sign(corner) * (w / 2 - radius, h / 2 - radius) + radius * corner
+    return polygon(scene, turned(outline, angle, centre))
 
 
-def stroke(scene, points, width):
-    """A line of given width (scene units) with round joints and ends."""
-    shape, pixels, w = Image.new("L", (scene.side, scene.side)), scene.pixels(points), width * scene.side
-    draw = ImageDraw.Draw(shape)
-    draw.line(pixels, fill=255, width=max(1, round(w)), joint="curve")
-    for x, y in (pixels[0], pixels[-1]):
-        draw.ellipse((x - w / 2, y - w / 2, x + w / 2, y + w / 2), fill=255)
-    return shape
+common = ImageChops.darker
 
 
-union, minus, common = ImageChops.lighter, ImageChops.subtract, ImageChops.darker
+def union(*shapes):
+    return reduce(ImageChops.lighter, shapes)
 
 
-def curve(start, control, end, n=24):
-    """(n, 2) points of a quadratic Bezier curve."""
-    t = np.linspace(0, 1, n)[:, None]
-    return (1 - t) ** 2 * np.asarray(start) + 2 * t * (1 - t) * np.asarray(control) + t ** 2 * np.asarray(end)
+def minus(shape, *others):
+    return reduce(ImageChops.subtract, others, shape)
 
 
 def soft(shape, radius):
-    """The shape with its rim blurred over `radius` canvas pixels of a 512 pixel canvas."""
+    """The shape with its rim blurred over `radius` pixels of a 512 pixel canvas."""
     x0, y0, x1, y1 = shape.getbbox() or (0, 0, 1, 1)
     radius = radius * shape.width / 512
-    reach = math.ceil(3 * radius)
+    reach, result = math.ceil(3 * radius), Image.new("L", shape.size)
     bounds = (max(x0 - reach, 0), max(y0 - reach, 0), min(x1 + reach, shape.width), min(y1 + reach, shape.height))
-    result = Image.new("L", shape.size)
     result.paste(shape.crop(bounds).filter(ImageFilter.GaussianBlur(radius)), bounds[:2])
     return result
+
+
+def stretched(array, width, height):
+    return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def noise(rng, height, width, scale):
     """Smooth noise (height, width) of standard deviation about 1 whose blobs are `scale` pixels wide."""
     rows, columns = int(height / scale) + 3, int(width / scale) + 3
-    coarse = Image.fromarray(rng.normal(size=(rows, columns)).astype(np.float32))
-    grown = coarse.resize((math.ceil(columns * scale), math.ceil(rows * scale)), Image.BICUBIC)
-    return np.asarray(grown)[:height, :width]
+    coarse = rng.normal(size=(rows, columns)).astype(np.float32)
+    return stretched(coarse, math.ceil(columns * scale), math.ceil(rows * scale))[:height, :width]
 
 
 def soften(height, radius):
@@ -657,7 +674,7 @@ def soften(height, radius):
     return height
 
 
-def background(scene, colour, grain=0.02, scale=3.0, blotch=0.03):
+def background(scene, colour, grain, scale=3.0, blotch=0.03):
     """Fills the photo with a surface of one colour (three values, 0 to 1), fine grain and slow blotches."""
     n = scene.side
     tone = 1 + grain * noise(scene.rng, n, n, scale * n / 512) + blotch * noise(scene.rng, n, n, n / 5)
@@ -665,12 +682,11 @@ def background(scene, colour, grain=0.02, scale=3.0, blotch=0.03):
 
 
 def stamp(scene, shape, colour, grain=0.05, scale=4.0, bulge=0.0, gloss=0.0, shadow=0.0, alpha=1.0):
-    """Paints a part into the photo.
+    """Paints a part into the photo; only its surroundings are touched, so that small parts are cheap.
 
-    colour: three values, 0 to 1. grain: relative deviation of the
-    texture, `scale` its size in pixels of a 512 pixel canvas. bulge: how strongly the rim is shaded as of a rounded
-    body lit from the upper left, its width growing with the part. gloss: strength of the highlight. shadow: darkness
-    of the drop shadow. alpha: opacity. Only the part's surroundings are touched, so that small parts are cheap.
+    colour: three values, 0 to 1. grain: relative deviation of the texture, `scale` its size in pixels of a 512 pixel
+    canvas. bulge: how strongly the rim is shaded as of a rounded body lit from the upper left, its width growing with
+    the part. gloss: strength of the highlight. shadow: darkness of the drop shadow. alpha: opacity.
     """
     bounds = shape.getbbox()
     if bounds is None:
@@ -679,54 +695,74 @@ def stamp(scene, shape, colour, grain=0.05, scale=4.0, bulge=0.0, gloss=0.0, sha
     pad = round(14 * unit) if shadow or bulge or gloss else 0
     x0, y0 = max(bounds[0] - pad, 0), max(bounds[1] - pad, 0)
     x1, y1 = min(bounds[2] + pad, scene.side), min(bounds[3] + pad, scene.side)
-    h, w = y1 - y0, x1 - x0
-    part = shape.crop((x0, y0, x1, y1))
-    cover = np.asarray(part, np.float32) / 255                                                    # (h, w)
-    here = scene.photo[y0:y1, x0:x1].transpose(2, 0, 1)                                           # a view (3, h, w)
+    h, w, part = y1 - y0, x1 - x0, shape.crop((x0, y0, x1, y1))
+    cover = np.asarray(part, np.float32) / 255                                    # (h, w)
+    here = scene.photo[y0:y1, x0:x1].transpose(2, 0, 1)                           # a view (3, h, w)
     if shadow:
         fallen = ImageChops.offset(part, round(5 * unit), round(6 * unit)).filter(ImageFilter.GaussianBlur(5 * unit))
         here *= 1 - shadow / 255 * np.asarray(fallen, np.float32) * (1 - cover)
     tone = 1 + grain * noise(scene.rng, h, w, scale * unit) if grain else np.ones((h, w), np.float32)
     if bulge or gloss:
         radius = max(1.5, min(bounds[2] - bounds[0], bounds[3] - bounds[1]) / 6)
-        step = max(1, int(radius / 4))                             # a wide blur needs no more than every step-th pixel
+        step = max(1, int(radius / 4))               # a wide blur needs no more than every step-th pixel
         height = soften(np.asarray(part.reduce(step), np.float32) / 255, radius / step)
         dy, dx = np.gradient(height)
-        lit = (dx + 1.2 * dy) * radius / step                                                     # > 0: faces the light
-        grown = lambda a: np.asarray(Image.fromarray(a).resize((w, h), Image.BICUBIC))
-        tone *= grown(1 + bulge * 0.8 * np.tanh(lit / 0.8))
+        lit = (dx + 1.2 * dy) * radius / step                                     # > 0: faces the light
+        tone *= stretched(1 + bulge * 0.8 * np.tanh(lit / 0.8), w, h)
     paint = tone * np.asarray(colour, np.float32)[:, None, None]
     if gloss:
-        bright = lit.max() + 1e-6
-        paint += grown(gloss * np.exp(-((lit / bright - 0.6) / 0.25) ** 2) * height)
+        shine = np.exp(-((lit / (lit.max() + 1e-6) - 0.6) / 0.25) ** 2)
+        paint += stretched(gloss * shine * height, w, h)
     paint -= here
     paint *= alpha * cover
     here += paint
 
 
-def develop(scene, size, blur=0.7, light=0.06, grain=0.012):
-    """Canvas -> photo: defocus, averaging down, uneven light, exposure and white balance, sensor noise.
-    Returns uint8 (size, size, 3) and the regions as (name, bool (size, size))."""
+def develop(scene, size):
+    """Canvas -> photo: defocus, averaging down, uneven light, exposure and white balance, sensor noise. Returns uint8
+    (size, size, 3) and the regions, bool (size, size) each."""
     rng = scene.rng
     canvas = Image.fromarray((np.clip(scene.photo, 0, 1) * 255).astype(np.uint8))
-    focus = ImageFilter.GaussianBlur(blur * rng.uniform(0.8, 1.4) * size / 512)
-    photo = np.asarray(canvas.resize((size, size), Image.BOX).filter(focus), np.float32)
+    focus = ImageFilter.GaussianBlur(0.7 * rng.uniform(0.8, 1.4) * size / 512)
+    photo = np.asarray(canvas.resize((size, size), Image.Resampling.BOX).filter(focus), np.float32)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
-    tilt, gain = rng.normal(size=2) * light, (1 + rng.normal() * 0.04) * (1 + rng.normal(size=3) * 0.018)
-    photo = photo * ((1 + tilt[0] * x + tilt[1] * y)[..., None] * gain) + rng.normal(size=photo.shape) * 255 * grain
-    masks = [(name, np.asarray(shape.resize((size, size), Image.BOX)) > 127) for name, shape in scene.regions]
+    tilt, gain = rng.normal(size=2) * 0.06, (1 + rng.normal() * 0.04) * (1 + rng.normal(size=3) * 0.018)
+    photo = photo * ((1 + tilt[0] * x + tilt[1] * y)[..., None] * gain) + rng.normal(size=photo.shape) * 255 * 0.012
+    masks = [np.asarray(shape.resize((size, size), Image.Resampling.BOX)) > 127 for shape in scene.regions]
     return np.clip(photo + 0.5, 0, 255).astype(np.uint8), masks
 
 
-BREAKFAST_BOX = {           # fault: (kind, saturation threshold, relative to the region or in pixels of a 256 px photo)
-    **dict.fromkeys(("missing_fruit", "wrong_fruit", "extra_fruit"), ("logical_anomalies", 2500, False)),
-    **dict.fromkeys(("sides_swapped", "wrong_ratio", "missing_chips", "missing_almonds", "cereal_below",
-                     "cereal_beside", "cereal_mixed"), ("logical_anomalies", 0.5, True)),
-    **dict.fromkeys(("bruised_fruit", "stain", "foreign_body", "torn_tray", "crushed_cereal"),
-                    ("structural_anomalies", 1.0, True)),
-}
+# Rendered twin: the faults of each category, as LOCO words and saturates them
+
+LOGICAL = {     # fault: saturation threshold, below 1 a share of the defect's area, else pixels of a 256 px photo
+    "breakfast_box": {
+        "missing_fruit": 2500, "wrong_fruit": 2500, "extra_fruit": 2500, "sides_swapped": 0.5, "wrong_ratio": 0.5,
+        "missing_chips": 0.5, "missing_almonds": 0.5, "cereal_below": 0.5, "cereal_beside": 0.5, "cereal_mixed": 0.5},
+    "juice_bottle": {
+        "wrong_icon": 0.5, "missing_icon": 0.5, "missing_label": 0.5, "swapped_labels": 0.5, "shifted_label": 0.5,
+        "overfilled": 0.5, "underfilled": 0.5, "empty_bottle": 0.5, "two_icons": 720},
+    "pushpins": {
+        "missing_pushpin": 260, "additional_pushpin": 260, "moved_pushpin": 260, "two_missing_pushpins": 260,
+        "two_additional_pushpins": 260, "missing_divider": 0.5},
+    "screw_bag": {
+        "missing_washer": 220, "additional_washer": 220, "missing_nut": 260, "additional_nut": 260,
+        "missing_long_bolt": 800, "missing_short_bolt": 550, "additional_bolt": 550, "two_long_bolts": 800,
+        "two_short_bolts": 550},
+    "splicing_connectors": {
+        "wrong_cable_colour": 0.7, "unequal_connectors": 0.4, "wrong_cable_location": 0.5, "extra_cable": 0.5,
+        "missing_cable": 700, "missing_connector": 0.8, "reversed_connector": 0.8, "loose_cable": 0.5}}
+STRUCTURAL = {  # these saturate at their whole area
+    "breakfast_box": ("bruised_fruit", "stain", "foreign_body", "torn_tray", "crushed_cereal"),
+    "juice_bottle": ("damaged_label", "rotated_label", "foreign_body", "unknown_juice", "damaged_cap"),
+    "pushpins": ("bent_pushpin", "broken_pushpin", "missing_needle", "wrong_colour", "foreign_body"),
+    "screw_bag": ("broken_part", "rusty_part", "wrong_thread_colour", "torn_bag", "stained_bag"),
+    "splicing_connectors": ("cut_cable", "frayed_cable", "open_lever", "broken_connector", "stain")}
+
+
+# Rendered twin: breakfast_box
+
 FRUITS = {"missing_fruit": ("TN", "TT"), "wrong_fruit": ("TTT", "TNN"), "extra_fruit": ("TTTN", "TTNN")}
-TRAY = (0.5, 0.475), 0.96, 0.985, 0, 0.16                   # centre, width, height, turn, radius of the corners
+TRAY = (0.5, 0.475), 0.96, 0.985, 0, 0.16            # centre, width, height, turn, radius of the corners
 LEFT = [(0.11, 0.12), (0.27, 0.12), (0.31, 0.3), (0.37, 0.5), (0.4, 0.82), (0.12, 0.82)]     # the compartments without
 RIGHT = [(0.44, 0.10), (0.88, 0.10), (0.87, 0.84), (0.53, 0.84), (0.5, 0.5), (0.46, 0.28)]   # their round corners
 OAT, CHIP, ALMOND, CRUMB = range(4)
@@ -737,52 +773,13 @@ LEAVES = np.array([                  # half length and width, then the colours i
     (0.0055, 0.0045, 0.84, 0.68, 0.44, 0.72, 0.54, 0.32, 0.70, 0.52, 0.30)])
 
 
-def rounded(scene, corners, radius):
-    """A polygon grown by `radius`, its corners round."""
-    return union(polygon(scene, corners), stroke(scene, [*corners, *corners[:2]], 2 * radius))
-
-
-def heap(scene, kinds, centres):
-    """A pile of n leaves, later ones on top. kinds: n rows of LEAVES; centres (n, 2). Every leaf has its own size,
-    turn, shade and tilt; the gaps are dark. All are drawn as numbers into one plan, then painted at once."""
-    rng, n, s = scene.rng, len(centres), scene.side
-    radii = LEAVES[kinds, :2] * rng.uniform(0.75, 1.25, (n, 2))
-    shade = rng.normal(1, 0.11, (n, 1, 1)).clip(0.7, 1.3) * rng.normal(1, 0.03, (n, 1, 3))
-    colours = LEAVES[kinds, 2:].reshape(n, 3, 3) * shade                                           # (n, place, rgb)
-    angle, t = rng.uniform(0, np.pi, n), np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    cos, sin = np.cos(angle), np.sin(angle)
-    turn = np.array([[cos, sin], [-sin, cos]]).transpose(2, 0, 1)                                  # (n, 2, 2)
-    rim = np.stack([np.cos(t), np.sin(t)], 1) * (1 + 0.06 * rng.normal(size=(n, 12, 1))) * radii[:, None] @ turn
-    pixels = (rim + centres[:, None]) @ scene.pose[:, :2].T + scene.pose[:, 2]                     # (n, 12, 2)
-    plan = Image.new("I", (s, s))
-    pen = ImageDraw.Draw(plan)
-    for i, points in enumerate(pixels.reshape(n, -1).tolist()):
-        pen.polygon(points, fill=i + 1, outline=-1)
-    x0, y0, x1, y1 = plan.getbbox()
-    plan = np.asarray(plan)[y0:y1, x0:x1]
-    row, col = np.nonzero(plan)
-    leaf = plan[row, col] - 1                                                                      # -2 in a gap
-    slope = rng.normal((-0.10, -0.16), 0.16, (n, 2))
-    table = np.concatenate([pixels.mean(1) - (x0, y0), (turn / radii[..., None] / s).reshape(n, 4), slope,
-                            colours.reshape(n, 9)], 1).T.astype(np.float32)                        # (17, n)
-    cx, cy, ux, uy, vx, vy, su, sv, *colours = table.take(leaf, axis=1)                            # each (pixels,)
-    u, v = ux * (col - cx) + uy * (row - cy), vx * (col - cx) + vy * (row - cy)       # on the leaf: its rim at radius 1
-    edge, crease = np.minimum(u * u + v * v, 1) ** 2, np.exp(-(u / 0.55) ** 2 - (v / 0.22) ** 2)
-    tone = 1 + 0.10 * noise(rng, y1 - y0, x1 - x0, 3.0 * s / 512)[row, col]
-    tone *= (1 + u * su + v * sv) * (leaf >= 0)
-    for c, gap in enumerate((0.20, 0.11, 0.04)):
-        core, side, middle = colours[c::3]
-        paint = tone * (core + edge * (side - core) + crease * (middle - core)) + gap * (leaf < 0)
-        scene.photo[row + y0, col + x0, c] = paint
-
-
 def scatter(scene, shape, pitch):
     """(n, 2) points inside a shape, about `pitch` apart, in random order."""
     rng, n = scene.rng, int(1.1 / pitch)
     grid = np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2)
     points = rng.permutation(grid + rng.uniform(-0.5, 0.5, grid.shape)) * pitch
-    at = np.clip(points @ scene.pose[:, :2].T + scene.pose[:, 2], 0, scene.side - 1).astype(int)
-    return points[np.asarray(shape)[at[:, 1], at[:, 0]] > 0]
+    column, row = np.clip(scene.pixels(points), 0, scene.side - 1).astype(int).T
+    return points[np.asarray(shape)[row, column] > 0]
 
 
 def somewhere(scene, shape):
@@ -802,33 +799,16 @@ def portion(shape, order, share):
     return common(shape, Image.fromarray(np.where(order < level, 255, 0).astype(np.uint8)))
 
 
-def tangerine(scene, centre):
-    rng, r = scene.rng, scene.rng.normal(0.112, 0.005)
-    skin = ellipse(scene, centre, r * rng.uniform(0.95, 1.03), r, rng.uniform(0, 180), 0.02)
-    stamp(scene, skin, (0.87, 0.38, 0.13) * rng.normal(1, (0.03, 0.06, 0.1)), 0.05, 3, 0.75, 0.12, 0.35)
-    stem = centre + rng.normal(size=2) * 0.018
-    creases = [turned([(0.006, 0), (rng.uniform(0.02, 0.04), 0)], stem, a) for a in rng.uniform(0, 360, 7)]
-    stamp(scene, reduce(union, [stroke(scene, line, 0.005) for line in creases]), (0.66, 0.26, 0.08), alpha=0.5)
-    stamp(scene, ellipse(scene, stem, 0.009, 0.008, 0, 0.1), (0.22, 0.27, 0.14), 0.2, 2, 0.5)
-    return skin
-
-
-def nectarine(scene, centre):
-    rng, r = scene.rng, scene.rng.normal(0.119, 0.006)
-    skin = ellipse(scene, centre, r * rng.uniform(0.92, 1.0), r, rng.uniform(0, 180), 0.02)
-    red = np.array([0.50, 0.13, 0.11]) * rng.normal(1, (0.12, 0.2, 0.15))
-    stamp(scene, skin, red, 0.12, 8, 0.8, 0.2, 0.35)
-    spot = centre + turned([(rng.uniform(0.02, 0.08), 0)], (0, 0), rng.uniform(0, 360))[0]
-    blush = common(soft(blob(scene, spot, 0.04, 0.09), 14), soft(skin, 6))
-    stamp(scene, blush, (0.82, 0.62, 0.28), 0.1, 6, alpha=rng.uniform(0.2, 1.0))
-    return skin
+def rounded(scene, corners, radius):
+    """A polygon grown by `radius`, its corners round."""
+    return union(polygon(scene, corners), stroke(scene, 2 * radius, [*corners, *corners[:2]]))
 
 
 def tray(scene):
     """The empty tray; returns the shapes of its left and right compartment."""
     white = np.array([0.95, 0.89, 0.86])
-    stamp(scene, box(scene, *TRAY), white * 0.93, 0, bulge=0.2)
-    stamp(scene, box(scene, (0.5, 0.47), 0.91, 0.935, 0, 0.14), white * 0.99, 0.01, 6)
+    stamp(scene, box(scene, *TRAY), white * 0.93, grain=0, bulge=0.2)
+    stamp(scene, box(scene, (0.5, 0.47), 0.91, 0.935, radius=0.14), white * 0.99, 0.01, 6)
     stamp(scene, box(scene, (0.5, 0.955), 0.17, 0.012, scene.rng.normal(), 0.004), (0.2, 0.17, 0.16), 0.3)
     rooms = [rounded(scene, corners, 0.055) for corners in (LEFT, RIGHT)]
     for room, corners in zip(rooms, (LEFT, RIGHT)):
@@ -837,7 +817,64 @@ def tray(scene):
     return rooms
 
 
-def spoil_box(scene, fault, bowl, field, granola, skins):
+def tangerine(scene, centre):
+    rng, r = scene.rng, scene.rng.normal(0.112, 0.005)
+    skin = ellipse(scene, centre, r * rng.uniform(0.95, 1.03), r, rng.uniform(0, 180), 0.02)
+    colour = (0.87, 0.38, 0.13) * rng.normal(1, (0.03, 0.06, 0.1))
+    stamp(scene, skin, colour, 0.05, 3, bulge=0.75, gloss=0.12, shadow=0.35)
+    stem = centre + rng.normal(size=2) * 0.018
+    creases = [turned([(0.006, 0), (rng.uniform(0.02, 0.04), 0)], a, stem) for a in rng.uniform(0, 360, 7)]
+    stamp(scene, stroke(scene, 0.005, *creases), (0.66, 0.26, 0.08), alpha=0.5)
+    stamp(scene, ellipse(scene, stem, 0.009, 0.008, 0, 0.1), (0.22, 0.27, 0.14), 0.2, 2, 0.5)
+    return skin
+
+
+def nectarine(scene, centre):
+    rng, r = scene.rng, scene.rng.normal(0.119, 0.006)
+    skin = ellipse(scene, centre, r * rng.uniform(0.92, 1.0), r, rng.uniform(0, 180), 0.02)
+    colour = (0.50, 0.13, 0.11) * rng.normal(1, (0.12, 0.2, 0.15))
+    stamp(scene, skin, colour, 0.12, 8, bulge=0.8, gloss=0.2, shadow=0.35)
+    spot = centre + turned([(rng.uniform(0.02, 0.08), 0)], rng.uniform(0, 360))[0]
+    blush = common(soft(blob(scene, spot, 0.04, 0.09), 14), soft(skin, 6))
+    stamp(scene, blush, (0.82, 0.62, 0.28), 0.1, 6, alpha=rng.uniform(0.2, 1.0))
+    return skin
+
+
+def heap(scene, kinds, centres):
+    """A pile of n leaves, later ones on top. kinds: n rows of LEAVES; centres (n, 2). Every leaf has its own size,
+    turn, shade and tilt; the gaps are dark. All are drawn as numbers into one plan, then painted at once."""
+    rng, n, s = scene.rng, len(centres), scene.side
+    radii = LEAVES[kinds, :2] * rng.uniform(0.75, 1.25, (n, 2))
+    shade = rng.normal(1, 0.11, (n, 1, 1)).clip(0.7, 1.3) * rng.normal(1, 0.03, (n, 1, 3))
+    colours = LEAVES[kinds, 2:].reshape(n, 3, 3) * shade                                           # (n, place, rgb)
+    angle, t = rng.uniform(0, np.pi, n), np.linspace(0, 2 * np.pi, 12, endpoint=False)
+    cos, sin = np.cos(angle), np.sin(angle)
+    turn = np.array([[cos, sin], [-sin, cos]]).transpose(2, 0, 1)                                  # (n, 2, 2)
+    rim = np.stack([np.cos(t), np.sin(t)], 1) * (1 + 0.06 * rng.normal(size=(n, 12, 1))) * radii[:, None] @ turn
+    corners = scene.pixels(rim + centres[:, None])                                                 # (n, 12, 2)
+    plan = Image.new("I", (s, s))
+    pen = ImageDraw.Draw(plan)
+    for i, points in enumerate(corners.reshape(n, -1).tolist()):
+        pen.polygon(points, fill=i + 1, outline=-1)
+    x0, y0, x1, y1 = plan.getbbox()
+    plan = np.asarray(plan)[y0:y1, x0:x1]
+    row, col = np.nonzero(plan)
+    leaf = plan[row, col] - 1                                                                      # -2 in a gap
+    slope = rng.normal((-0.10, -0.16), 0.16, (n, 2))
+    table = np.concatenate([corners.mean(1) - (x0, y0), (turn / radii[..., None] / s).reshape(n, 4), slope,
+                            colours.reshape(n, 9)], 1).T.astype(np.float32)                        # (17, n)
+    cx, cy, ux, uy, vx, vy, su, sv, *colours = table.take(leaf, axis=1)                            # each (pixels,)
+    u, v = ux * (col - cx) + uy * (row - cy), vx * (col - cx) + vy * (row - cy)       # on the leaf: its rim at radius 1
+    edge, crease = np.minimum(u * u + v * v, 1) ** 2, np.exp(-(u / 0.55) ** 2 - (v / 0.22) ** 2)
+    tone = 1 + 0.10 * noise(rng, y1 - y0, x1 - x0, 3.0 * s / 512)[row, col]
+    tone *= (1 + u * su + v * sv) * (leaf >= 0)
+    for c, gap in enumerate((0.20, 0.11, 0.04)):
+        core, side, middle = colours[c::3]
+        paint = tone * (core + edge * (side - core) + crease * (middle - core)) + gap * (leaf < 0)
+        scene.photo[row + y0, col + x0, c] = paint
+
+
+def spoil_box(scene, fault, bowl, floor, granola, skins):
     """Draws a structural fault into the finished box; returns its shape."""
     rng = scene.rng
     if fault == "bruised_fruit":
@@ -845,24 +882,23 @@ def spoil_box(scene, fault, bowl, field, granola, skins):
         damage = common(blob(scene, somewhere(scene, skin), 0.03, 0.055), skin)
         stamp(scene, soft(damage, 2), (0.25, 0.13, 0.06), 0.2, 5, -0.4, alpha=rng.uniform(0.6, 0.95))
     elif fault == "stain":
-        bare = reduce(minus, skins, bowl)
+        bare = minus(bowl, *skins)
         damage = common(blob(scene, somewhere(scene, bare), 0.03, 0.06), bare)
         stamp(scene, soft(damage, 1.5), (0.45, 0.25, 0.10), 0.2, 6, alpha=rng.uniform(0.35, 0.8))
     elif fault == "foreign_body":
         colour = [(0.16, 0.28, 0.62), (0.13, 0.13, 0.14), (0.16, 0.45, 0.20), (0.80, 0.80, 0.83)][rng.integers(4)]
-        centre, length, width = somewhere(scene, field), rng.uniform(0.06, 0.12), rng.uniform(0.025, 0.05)
+        centre, length, width = somewhere(scene, floor), rng.uniform(0.06, 0.12), rng.uniform(0.025, 0.05)
         damage = box(scene, centre, length, width, rng.uniform(0, 180), rng.uniform(0.003, 0.011))
-        stamp(scene, damage, colour, 0.05, 3, 0.7, 0.2, 0.5)
+        stamp(scene, damage, colour, 0.05, 3, bulge=0.7, gloss=0.2, shadow=0.5)
     elif fault == "torn_tray":                                             # a ragged wedge from a side, below the food
         along, depth, half = rng.uniform(-0.25, 0.25), rng.uniform(0.09, 0.16), rng.uniform(0.02, 0.045)
         inward = np.concatenate([np.linspace(0, 1, 8), np.linspace(1, 0, 8)])
         flank = half * (1 - inward) * np.repeat((-1, 1), 8) + rng.normal(size=16) * 0.007
-        wedge = np.stack([along + flank, 0.5 - depth * inward], 1)
-        torn = common(polygon(scene, turned(wedge, TRAY[0], rng.choice((0, 90, 180, 270)))), box(scene, *TRAY))
-        damage = reduce(minus, [*skins, field], torn)
+        wedge = turned(np.stack([along + flank, 0.5 - depth * inward], 1), rng.choice((0, 90, 180, 270)), TRAY[0])
+        damage = minus(common(polygon(scene, wedge), box(scene, *TRAY)), *skins, floor)
         stamp(scene, soft(damage, 1), (0.12, 0.12, 0.14), 0.1)
-    elif fault == "crushed_cereal":
-        damage = common(blob(scene, somewhere(scene, granola), 0.045, 0.075), field)
+    else:                                                                  # crushed_cereal
+        damage = common(blob(scene, somewhere(scene, granola), 0.045, 0.075), floor)
         stamp(scene, soft(damage, 4), (0.60, 0.44, 0.25), 0.1)
         crumbs = scatter(scene, damage, 0.008)
         heap(scene, [CRUMB] * len(crumbs), crumbs)
@@ -887,8 +923,8 @@ def breakfast_box(scene, fault=None):
         centre = (0.183 + 0.11 * heights[k] + lean[k], heights[k]) + rng.normal(size=2) * 0.008
         skins[fruit].append((tangerine if fruit == "T" else nectarine)(scene, centre))
 
-    field = rounded(scene, RIGHT, 0.035)
-    stamp(scene, field, (0.22, 0.12, 0.05), 0.2)
+    floor = rounded(scene, RIGHT, 0.035)
+    stamp(scene, floor, (0.22, 0.12, 0.05), 0.2)
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
     downward = y + x * rng.normal(0, 0.03)
     order = {"cereal_below": -downward, "cereal_beside": x * rng.choice((-1, 1)) + y * rng.normal(0, 0.1),
@@ -896,39 +932,27 @@ def breakfast_box(scene, fault=None):
     usual = share = rng.normal(0.6, 0.02)
     if fault == "wrong_ratio":
         share += rng.choice((-1, 1)) * rng.uniform(0.15, 0.22)
-    granola = portion(field, order, share)
-    rest = minus(field, granola)
+    granola = portion(floor, order, share)
+    rest = minus(floor, granola)
     oats, mix = scatter(scene, granola, 0.0165), scatter(scene, rest, 0.034)
     heap(scene, [OAT] * len(oats), oats)
     almonds = {"missing_chips": 1.0, "missing_almonds": 0.0}.get(fault, rng.normal(0.36, 0.04)) * len(mix)
     heap(scene, np.where(rng.permutation(len(mix)) < almonds, ALMOND, CHIP), mix)
 
-    regions = []
-    if fault == "missing_fruit":
-        regions = [bowl]
-    elif fault in FRUITS:
-        regions = [reduce(union, skins["T" if len(skins["T"]) > 2 else "N"])]
+    if fault in STRUCTURAL["breakfast_box"]:
+        scene.regions = [spoil_box(scene, fault, bowl, floor, granola, skins["T"] + skins["N"])]
+    elif fault in ("wrong_fruit", "extra_fruit"):
+        scene.regions = [union(*skins["T" if len(skins["T"]) > 2 else "N"])]
     elif fault == "wrong_ratio":
-        more, less = (portion(field, order, pick(usual, share)) for pick in (max, min))
-        regions = [minus(more, less)]
-    elif fault == "sides_swapped":
-        regions = [bowl, room]
-    elif fault in ("cereal_below", "cereal_beside", "cereal_mixed"):
-        regions = [granola, rest]
-    elif fault in ("missing_chips", "missing_almonds"):
-        regions = [rest]
+        less, more = (portion(floor, order, part) for part in sorted((usual, share)))
+        scene.regions = [minus(more, less)]
     elif fault:
-        regions = [spoil_box(scene, fault, bowl, field, granola, skins["T"] + skins["N"])]
-    scene.regions = [(fault, region) for region in regions]
+        scene.regions = {"missing_fruit": [bowl], "sides_swapped": [bowl, room], "missing_chips": [rest],
+                         "missing_almonds": [rest]}.get(fault, [granola, rest])
 
 
-JUICE_BOTTLE = {
-    **dict.fromkeys(("wrong_icon", "missing_icon", "missing_label", "swapped_labels", "shifted_label", "overfilled",
-                     "underfilled", "empty_bottle"), ("logical_anomalies", 0.5, True)),
-    "two_icons": ("logical_anomalies", 720, False),
-    **dict.fromkeys(("damaged_label", "rotated_label", "foreign_body", "unknown_juice", "damaged_cap"),
-                    ("structural_anomalies", 1.0, True)),
-}
+# Rendered twin: juice_bottle
+
 JUICES = {"mango": (0.72, 0.65, 0.24), "cherry": (0.32, 0.09, 0.06), "banana": (0.72, 0.69, 0.57)}
 UNKNOWN = ((0.25, 0.45, 0.15), (0.16, 0.30, 0.55), (0.45, 0.22, 0.50), (0.75, 0.38, 0.08), (0.10, 0.08, 0.08))
 GLASS = np.array([(0.145, 0.15), (0.145, 0.29), (0.16, 0.325), (0.21, 0.355), (0.238, 0.395), (0.245, 0.45),
@@ -945,7 +969,9 @@ GLYPHS = {"1": [[(0.25, 0.2), (0.5, 0), (0.5, 1)], [(0.25, 1), (0.75, 1)]], "0":
           "J": [[(0.7, 0), (0.7, 0.75), *ring(0.45, 0.75, 0.25, 0.25, 30, 180)]],
           "u": [[(0.15, 0.35), *ring(0.5, 0.72, 0.35, 0.28, 180, 0), (0.85, 0.35), (0.85, 1)]],
           "i": [[(0.5, 0.35), (0.5, 1)], [(0.5, 0), (0.5, 0.08)]], "c": [ring(0.5, 0.67, 0.35, 0.33, -45, -315)],
-          "e": [[(0.2, 0.67), *ring(0.5, 0.67, 0.35, 0.33, 0, -315)]]}
+          "e": [[(0.2, 0.67), *ring(0.5, 0.67, 0.35, 0.33, 0, -315)]], " ": []}
+TEXT = [np.array(line) * (0.021, 0.036) + (0.0295 * (k - 4.9), -0.018)
+        for k, letter in enumerate("100% Juice") for line in GLYPHS[letter]]
 
 
 def half_width(height):
@@ -961,25 +987,25 @@ def bottle_part(scene, inset, top=0.15):
 
 def icon(scene, fruit, centre, angle):
     """Paints a fruit about 0.12 wide at a centre; returns the area it takes."""
-    def at(*points):
-        return turned(points, centre, angle)
-
+    put = partial(turned, angle=angle, centre=centre)
     if fruit == "mango":
-        stamp(scene, ellipse(scene, at((0.012, 0.008))[0], 0.052, 0.03, angle), (0.93, 0.55, 0.10), 0.04, 4, 0.5, 0.15)
+        body = ellipse(scene, put([(0.012, 0.008)])[0], 0.052, 0.03, angle)
+        stamp(scene, body, (0.93, 0.55, 0.10), 0.04, 4, bulge=0.5, gloss=0.15)
         tip, stalk = (-0.065, 0), (0.025, -0.02)
         leaf = [*curve(tip, (-0.03, -0.045), stalk), *curve(stalk, (-0.02, -0.015), tip)]
-        stamp(scene, polygon(scene, at(*leaf)), (0.10, 0.30, 0.12), 0.1)
-    if fruit == "cherry":
-        stems = [stroke(scene, at(*curve((0.005, -0.042), (x / 2, -0.02), (x, 0.012))), 0.006) for x in (-0.03, 0.032)]
-        stamp(scene, reduce(union, stems), (0.20, 0.42, 0.14), 0.05)
+        stamp(scene, polygon(scene, put(leaf)), (0.10, 0.30, 0.12), 0.1)
+    elif fruit == "cherry":
+        stems = [put(curve((0.005, -0.042), (x / 2, -0.02), (x, 0.012))) for x in (-0.03, 0.032)]
+        stamp(scene, stroke(scene, 0.006, *stems), (0.20, 0.42, 0.14))
         for x in (-0.028, 0.03):
-            stamp(scene, ellipse(scene, at((x, 0.016))[0], 0.029, 0.023, angle), (0.62, 0.09, 0.08), 0.04, 4, 0.6, 0.25)
-    if fruit == "banana":
+            ball = ellipse(scene, put([(x, 0.016)])[0], 0.029, 0.023, angle)
+            stamp(scene, ball, (0.62, 0.09, 0.08), 0.04, 4, bulge=0.6, gloss=0.25)
+    else:
         for y in (-0.012, 0.002, 0.016):
-            finger = at(*curve((-0.058, y + 0.008), (0.01, y + 0.03), (0.04, y - 0.03)))
-            stamp(scene, stroke(scene, finger, 0.021), (0.30, 0.30, 0.08), 0)
-            stamp(scene, stroke(scene, finger, 0.014), (0.80, 0.76, 0.15), 0.05, 4, 0.3)
-        stamp(scene, stroke(scene, at((0.035, -0.042), (0.045, -0.046)), 0.013), (0.12, 0.13, 0.08), 0)
+            finger = put(curve((-0.058, y + 0.008), (0.01, y + 0.03), (0.04, y - 0.03)))
+            stamp(scene, stroke(scene, 0.021, finger), (0.30, 0.30, 0.08), 0)
+            stamp(scene, stroke(scene, 0.014, finger), (0.80, 0.76, 0.15), bulge=0.3)
+        stamp(scene, stroke(scene, 0.013, put([(0.035, -0.042), (0.045, -0.046)])), (0.12, 0.13, 0.08), 0)
     return ellipse(scene, centre, 0.075, 0.045, angle)
 
 
@@ -989,12 +1015,32 @@ def label(scene, paper, centre, width, height, angle, text):
     shine = common(soft(box(scene, centre, width * 0.7, height * 0.5, angle), 16), paper)
     stamp(scene, shine, (0.96, 0.86, 0.50), 0.03)
     outer, inner = (box(scene, centre, width * 0.92 - d, height * 0.84 - d, angle, 0.02 - d / 2) for d in (0, 0.006))
-    stamp(scene, minus(outer, inner), (0.36, 0.30, 0.16), 0.05)
+    stamp(scene, minus(outer, inner), (0.36, 0.30, 0.16))
     if text:
-        lines = [np.array(line) * (0.021, 0.036) + (0.0295 * (k - 4.9), -0.018)
-                 for k, letter in enumerate("100% Juice") for line in GLYPHS.get(letter, [])]
-        print_ = [stroke(scene, turned(line, centre, angle), 0.0075) for line in lines]
-        stamp(scene, reduce(union, print_), (0.16, 0.14, 0.11), 0)
+        stamp(scene, stroke(scene, 0.0075, *(turned(line, angle, centre) for line in TEXT)), (0.16, 0.14, 0.11), 0)
+
+
+def bottle(scene, colour, level):
+    """The bottle with juice of a colour up to a level, empty where that is None; returns its screw thread."""
+    rng, glass = scene.rng, bottle_part(scene, 0)
+    stamp(scene, glass, (0.075, 0.08, 0.085), 0.1, 8)
+    stamp(scene, minus(glass, bottle_part(scene, 0.012)), (0.22, 0.22, 0.23), 0.25, 20)
+    if level:
+        filled = bottle_part(scene, 0.016, level)
+        stamp(scene, filled, colour, 0.03, 30, 0.45)
+        stamp(scene, common(soft(box(scene, (0.5, 0.72), 0.34, 0.4), 30), filled), colour * 0.82, 0.02, 30, alpha=0.7)
+        stamp(scene, ellipse(scene, (0.5, level), half_width(level) - 0.016, 0.007), colour * 0.7 + 0.12, 0.1, 3)
+    for sign in (-1, 1):                                                                           # light on the glass
+        for x, top, bottom in ((0.228, 0.42, 0.6), (0.212, 0.74, 0.88), (0.136, 0.17, 0.29)):
+            gleam = stroke(scene, 0.008, [(0.5 + sign * x, top), (0.5 + sign * (x + 0.003), bottom)])
+            stamp(scene, soft(gleam, 2), (0.85, 0.87, 0.9), 0, alpha=rng.uniform(0.25, 0.55))
+        shoulder = curve((0.5 + sign * 0.07, 0.40), (0.5 + sign * 0.19, 0.385), (0.5 + sign * 0.215, 0.44))
+        stamp(scene, soft(stroke(scene, 0.014, shoulder), 3), (0.95, 0.95, 0.92), 0, alpha=rng.uniform(0.2, 0.4))
+    thread = [box(scene, (0.5, y), width, 0.026, rng.normal() * 0.5, 0.011)
+              for y, width in ((0.085, 0.336), (0.11, 0.32), (0.135, 0.34), (0.155, 0.332))]
+    for turn in thread:
+        stamp(scene, turn, (0.17, 0.18, 0.20), 0.3, 14, bulge=0.9, gloss=0.3)
+    return union(*thread)
 
 
 def spoil_bottle(scene, fault, papers, paper, thread, juice):
@@ -1005,14 +1051,14 @@ def spoil_bottle(scene, fault, papers, paper, thread, juice):
         colour, alpha = (juice, 1) if rng.random() < 0.5 else ((0.30, 0.18, 0.10), rng.uniform(0.4, 0.8))
         stamp(scene, damage, colour, 0.1, 5, -0.2, alpha=alpha)
     elif fault == "foreign_body":
-        clear = reduce(minus, papers, bottle_part(scene, 0.03, 0.3))
+        clear = minus(bottle_part(scene, 0.03, 0.3), *papers)
         damage = common(blob(scene, somewhere(scene, clear), 0.016, 0.035), clear)
         colour = [(0.10, 0.09, 0.08), (0.66, 0.65, 0.62), (0.15, 0.35, 0.15)][rng.integers(3)]
         stamp(scene, soft(damage, 1), colour, 0.2, 4, 0.5)
-    elif fault == "damaged_cap":                                                # a piece chipped off the screw thread
+    else:                                                                       # damaged_cap: a piece chipped off
         edge = 0.5 + rng.choice((-1, 1)) * rng.uniform(0.08, 0.15), rng.uniform(0.085, 0.15)
         damage = common(blob(scene, edge, 0.025, 0.045), thread)
-        stamp(scene, damage, (0.03, 0.03, 0.035), 0.2, 4)
+        stamp(scene, damage, (0.03, 0.03, 0.035), 0.2)
         stamp(scene, minus(damage, blob(scene, edge, 0.02, 0.03)), (0.6, 0.62, 0.66), 0.3, 3, alpha=0.6)
     return damage
 
@@ -1034,24 +1080,7 @@ def juice_bottle(scene, fault=None):
         level = rng.uniform(0.155, 0.18)
     elif fault == "underfilled":
         level = rng.uniform(0.33, 0.48)
-    glass = bottle_part(scene, 0)
-    stamp(scene, glass, (0.075, 0.08, 0.085), 0.1, 8)
-    stamp(scene, minus(glass, bottle_part(scene, 0.012)), (0.22, 0.22, 0.23), 0.25, 20)
-    filled = bottle_part(scene, 0.016, level)
-    if fault != "empty_bottle":
-        stamp(scene, filled, colour, 0.03, 30, 0.45)
-        stamp(scene, common(soft(box(scene, (0.5, 0.72), 0.34, 0.4), 30), filled), colour * 0.82, 0.02, 30, alpha=0.7)
-        stamp(scene, ellipse(scene, (0.5, level), half_width(level) - 0.016, 0.007), colour * 0.7 + 0.12, 0.1, 3)
-    for sign in (-1, 1):                                                                           # light on the glass
-        for x, top, bottom in ((0.228, 0.42, 0.6), (0.212, 0.74, 0.88), (0.136, 0.17, 0.29)):
-            gleam = stroke(scene, [(0.5 + sign * x, top), (0.5 + sign * (x + 0.003), bottom)], 0.008)
-            stamp(scene, soft(gleam, 2), (0.85, 0.87, 0.9), 0, alpha=rng.uniform(0.25, 0.55))
-        shoulder = curve((0.5 + sign * 0.07, 0.40), (0.5 + sign * 0.19, 0.385), (0.5 + sign * 0.215, 0.44))
-        stamp(scene, soft(stroke(scene, shoulder, 0.014), 3), (0.95, 0.95, 0.92), 0, alpha=rng.uniform(0.2, 0.4))
-    rings = [box(scene, (0.5, y), width, 0.026, rng.normal() * 0.5, 0.011)
-             for y, width in ((0.085, 0.336), (0.11, 0.32), (0.135, 0.34), (0.155, 0.332))]
-    for turn in rings:
-        stamp(scene, turn, (0.17, 0.18, 0.20), 0.3, 14, 0.9, 0.3)
+    thread = bottle(scene, colour, None if fault == "empty_bottle" else level)
 
     fruit = others[rng.integers(2)] if fault == "wrong_icon" else juice
     spots = {"missing_icon": (), "two_icons": (-0.075, 0.075)}.get(fault, (0,))
@@ -1065,68 +1094,29 @@ def juice_bottle(scene, fault=None):
         if fault == "rotated_label" and k == odd:
             angle += rng.choice((-1, 1)) * rng.uniform(6, 15)
         papers.append(box(scene, centre, width, height, angle))
-        if fault == "missing_label" and k == odd:
-            continue
-        label(scene, papers[k], centre, width, height, angle, text=k == 1)
-        for x in spots if k == 0 else ():
-            icons.append(icon(scene, fruit, turned((x, 0.004), centre, angle), angle))
+        if fault != "missing_label" or k != odd:
+            label(scene, papers[k], centre, width, height, angle, text=k == 1)
+            icons += [icon(scene, fruit, turned((x, 0.004), angle, centre), angle) for x in spots if k == 0]
 
-    regions = []
     if fault in ("wrong_icon", "two_icons"):
-        regions = [reduce(union, icons)]
+        scene.regions = [union(*icons)]
     elif fault == "missing_icon":
-        regions = [ellipse(scene, (0.5, heights[0]), 0.075, 0.045)]
+        scene.regions = [ellipse(scene, (0.5, heights[0]), 0.075, 0.045)]
     elif fault == "swapped_labels":
-        regions = papers
+        scene.regions = papers
     elif fault in ("missing_label", "shifted_label", "rotated_label"):
-        regions = [papers[odd]]
+        scene.regions = [papers[odd]]
     elif fault in ("overfilled", "underfilled"):
-        more, less = (bottle_part(scene, 0.016, pick(usual, level)) for pick in (min, max))
-        regions = [minus(more, less)]
+        more, less = (bottle_part(scene, 0.016, top) for top in sorted((usual, level)))
+        scene.regions = [minus(more, less)]
     elif fault in ("empty_bottle", "unknown_juice"):
-        regions = [reduce(minus, papers, filled)]
+        scene.regions = [minus(bottle_part(scene, 0.016, level), *papers)]
     elif fault:
-        regions = [spoil_bottle(scene, fault, papers, papers[odd], reduce(union, rings), colour)]
-    scene.regions = [(fault, region) for region in regions]
+        scene.regions = [spoil_bottle(scene, fault, papers, papers[odd], thread, colour)]
 
 
-TURN = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-CIRCLE = np.stack([np.cos(TURN), np.sin(TURN)], 1)                                   # (60, 2)
+# Rendered twin: pushpins
 
-
-def slab(w, h):
-    """Outline of a w x h rectangle with round corners, about the origin."""
-    return np.sign(CIRCLE) * np.abs(CIRCLE) ** 0.25 * (w / 2, h / 2)
-
-
-def lying(points, centre, angle, squeeze):
-    """Points about the origin, turned and moved. LOCO's photos are wider than high and ours are square: lengths across
-    shrink by `squeeze`, the real photo's height / width."""
-    return turned(points, (0, 0), angle) * (squeeze, 1) + centre
-
-
-def strokes(scene, lines, width):
-    """Many square-ended lines as one shape."""
-    shape = Image.new("L", (scene.side, scene.side))
-    draw = ImageDraw.Draw(shape)
-    for line in lines:
-        draw.line(scene.pixels(line), fill=255, width=max(1, round(width * scene.side)), joint="curve")
-    return shape
-
-
-PUSHPINS = {                          # fault: (kind, saturation threshold, relative); areas in pixels of a 256 px photo
-    "missing_pushpin": ("logical_anomalies", 260, False),
-    "additional_pushpin": ("logical_anomalies", 260, False),
-    "moved_pushpin": ("logical_anomalies", 260, False),
-    "two_missing_pushpins": ("logical_anomalies", 260, False),
-    "two_additional_pushpins": ("logical_anomalies", 260, False),
-    "missing_divider": ("logical_anomalies", 0.5, True),
-    "bent_pushpin": ("structural_anomalies", 1.0, True),
-    "broken_pushpin": ("structural_anomalies", 1.0, True),
-    "missing_needle": ("structural_anomalies", 1.0, True),
-    "wrong_colour": ("structural_anomalies", 1.0, True),
-    "foreign_body": ("structural_anomalies", 1.0, True),
-}
 PINS_OFF = {"missing_pushpin": [-1], "additional_pushpin": [1], "moved_pushpin": [-1, 1],
             "two_missing_pushpins": [-1, -1], "two_additional_pushpins": [1, 1]}     # one number a compartment hit
 COLUMNS, ROWS = (0.025, 0.21, 0.40, 0.59, 0.78, 0.97), (0.06, 0.36, 0.655, 0.95)     # where the walls stand
@@ -1142,31 +1132,51 @@ def pushpin(scene, low, high, taken, fault):
     rng = scene.rng
     body, angle = PIN * rng.normal(1, 0.03), rng.uniform(0, 360)
     colour = np.array((0.98, 0.66, 0.04)) * rng.normal(1, 0.04)
-    reach = lying(np.concatenate([body, NEEDLE]), (0, 0), angle, 0.59)
+    reach = turned(np.concatenate([body, NEEDLE]), angle, squeeze=0.59)
     spots = rng.uniform(low + 0.012 - reach.min(0), high - 0.012 - reach.max(0), (20, 2))
     spot = max(spots, key=lambda s: min((np.linalg.norm((s - t) / (0.59, 1)) for t in taken), default=0))
     taken.append(spot)
-    put = partial(lying, centre=spot, angle=angle, squeeze=0.59)
+    put = partial(turned, angle=angle, centre=spot, squeeze=0.59)
     shape, needle = polygon(scene, put(body)), NEEDLE.copy()
     if fault == "wrong_colour":
         colour = np.array(NO_YELLOW[rng.integers(4)])
-        scene.regions.append((fault, shape))
+        scene.regions.append(shape)
     if fault == "bent_pushpin":
-        needle[2] = needle[1] + turned([(0.055, 0)], (0, 0), rng.choice((-1, 1)) * rng.uniform(50, 110))[0]
+        needle[2] = needle[1] + turned([(0.055, 0)], rng.choice((-1, 1)) * rng.uniform(50, 110))[0]
     if fault in ("bent_pushpin", "missing_needle"):
-        scene.regions.append((fault, stroke(scene, put(needle), 0.03)))
+        scene.regions.append(stroke(scene, 0.03, put(needle)))
     if fault == "broken_pushpin":                                                    # the head has snapped off
         cut = rng.uniform(-0.03, 0.02)
         head = [(cut, -0.06), (cut + 0.015, 0), (cut, 0.06), (-0.1, 0.06), (-0.1, -0.06)]
-        gone = common(shape, polygon(scene, put(head)))
-        shape = minus(shape, gone)
-        scene.regions.append((fault, gone))
+        scene.regions.append(common(shape, polygon(scene, put(head))))
+        shape = minus(shape, scene.regions[-1])
     if fault != "missing_needle":
-        stamp(scene, stroke(scene, put(needle), 0.0065), (0.50, 0.46, 0.42), grain=0.15)
+        stamp(scene, stroke(scene, 0.0065, put(needle)), (0.50, 0.46, 0.42), grain=0.15)
     stamp(scene, shape, colour, bulge=0.45, gloss=0.25)
-    flanges = strokes(scene, [put([(along, -0.036), (along, 0.036)]) for along in (-0.057, 0.043)], 0.009)
+    flanges = stroke(scene, 0.009, *(put([(x, -0.036), (x, 0.036)]) for x in (-0.057, 0.043)), caps=False)
     stamp(scene, common(flanges, shape), colour * 1.12, alpha=0.8)                   # they catch the light
     return shape
+
+
+def clear_box(scene, fault):
+    """The empty box with its clip, rims and walls."""
+    rng, grey = scene.rng, (0.62, 0.59, 0.57)
+    walls = [[(COLUMNS[c], ROWS[r]), (COLUMNS[c], ROWS[r + 1])] for c in range(1, 5) for r in range(3)]
+    walls += [[(COLUMNS[c], ROWS[r]), (COLUMNS[c + 1], ROWS[r])] for r in (1, 2) for c in range(5)]
+    walls = [np.array(wall) + rng.normal(0, 0.0015, (2, 2)) for wall in walls]
+    joints = [wall[0] + [(0, -0.012), (0, 0.012)] for wall in walls if wall[0].min() > 0.1]
+    if fault == "missing_divider":
+        scene.regions.append(stroke(scene, 0.02, walls.pop(rng.integers(len(walls)))))
+    clip = [(0.39, 0.05), (0.4, 0.012), (0.42, 0.03), (0.57, 0.03), (0.59, 0.012), (0.6, 0.05)]
+    stamp(scene, polygon(scene, clip), grey, grain=0.2, alpha=0.3)
+    stamp(scene, box(scene, (0.495, 0.033), 0.08, 0.034, radius=0.008), (0.3, 0.32, 0.36), bulge=0.6, alpha=0.8)
+    stamp(scene, stroke(scene, 0.014, [(0.1, 0.982), (0.9, 0.982)]), grey, grain=0.15, scale=25, alpha=0.3)
+    frames = [box(scene, (0.4975, 0.505), 0.945 + w, 0.89 + w, radius=0.045 + w / 2)
+              for w in (0.022, 0.014, -0.012, -0.02)]
+    stamp(scene, minus(frames[0], frames[3]), grey, grain=0, alpha=0.22)
+    rims = union(minus(frames[0], frames[1]), minus(frames[2], frames[3]))
+    stamp(scene, union(rims, stroke(scene, 0.0095, *walls, caps=False)), grey, grain=0.2, scale=20, alpha=0.6)
+    stamp(scene, stroke(scene, 0.02, *joints, caps=False), grey, alpha=0.6)
 
 
 def pushpins(scene, fault=None):
@@ -1174,24 +1184,7 @@ def pushpins(scene, fault=None):
     rng = scene.rng
     scene.aim(0.008, 0.6, 0.012)
     background(scene, (0.045, 0.045, 0.055), grain=0.06, blotch=0.2)
-    walls = [[(COLUMNS[c], ROWS[r]), (COLUMNS[c], ROWS[r + 1])] for c in range(1, 5) for r in range(3)]
-    walls += [[(COLUMNS[c], ROWS[r]), (COLUMNS[c + 1], ROWS[r])] for r in (1, 2) for c in range(5)]
-    walls = [np.array(wall) + rng.normal(0, 0.0015, (2, 2)) for wall in walls]
-    joints = [wall[0] for wall in walls if wall[0].min() > 0.1]
-    if fault == "missing_divider":
-        scene.regions.append((fault, stroke(scene, walls.pop(rng.integers(len(walls))), 0.02)))
-    grey = (0.62, 0.59, 0.57)
-    clip = [(0.39, 0.05), (0.4, 0.012), (0.42, 0.03), (0.57, 0.03), (0.59, 0.012), (0.6, 0.05)]
-    stamp(scene, polygon(scene, clip), grey, grain=0.2, alpha=0.3)
-    stamp(scene, box(scene, (0.495, 0.033), 0.08, 0.034, radius=0.008), (0.3, 0.32, 0.36), bulge=0.6, alpha=0.8)
-    stamp(scene, stroke(scene, [(0.1, 0.982), (0.9, 0.982)], 0.014), grey, grain=0.15, scale=25, alpha=0.3)
-    frames = [box(scene, (0.4975, 0.505), 0.945 + w, 0.89 + w, radius=0.045 + w / 2)
-              for w in (0.022, 0.014, -0.012, -0.02)]
-    stamp(scene, minus(frames[0], frames[3]), grey, grain=0, alpha=0.22)
-    rims = union(minus(frames[0], frames[1]), minus(frames[2], frames[3]))
-    stamp(scene, union(rims, strokes(scene, walls, 0.0095)), grey, grain=0.2, scale=20, alpha=0.6)
-    stamp(scene, strokes(scene, [[joint - (0, 0.012), joint + (0, 0.012)] for joint in joints], 0.02), grey, alpha=0.6)
-
+    clear_box(scene, fault)
     count, order = np.ones(15, int), rng.permutation(15)                             # a fault hits the first of `order`
     for cell, off in zip(order, PINS_OFF.get(fault, [])):
         count[cell] += off
@@ -1201,31 +1194,143 @@ def pushpins(scene, fault=None):
         taken, here = [], fault if cell == order[0] else None
         pins = [pushpin(scene, low, high, taken, here) for _ in range(count[cell])]
         if not pins:
-            scene.regions.append((fault, box(scene, (low + high) / 2, 0.175, 0.28)))
+            scene.regions.append(box(scene, (low + high) / 2, 0.175, 0.28))
         if len(pins) > 1:
-            scene.regions.append((fault, union(*pins)))
+            scene.regions.append(union(*pins))
         if here == "foreign_body":
             spot = (low + high) / 2 + rng.uniform(-0.05, 0.05, 2)
-            thing = ellipse(scene, spot, *rng.uniform(0.02, 0.045, 2), wobble=0.25)
-            stamp(scene, thing, rng.uniform(0.25, 0.75, 3) * (0.8, 0.8, 1), grain=0.2, bulge=0.5)
-            scene.regions.append((fault, thing))
+            scene.regions.append(ellipse(scene, spot, *rng.uniform(0.02, 0.045, 2), wobble=0.25))
+            stamp(scene, scene.regions[-1], rng.uniform(0.25, 0.75, 3) * (0.8, 0.8, 1), grain=0.2, bulge=0.5)
 
 
-SPLICING_CONNECTORS = {
-    "wrong_cable_colour": ("logical_anomalies", 0.7, True),
-    "unequal_connectors": ("logical_anomalies", 0.4, True),
-    "wrong_cable_location": ("logical_anomalies", 0.5, True),
-    "extra_cable": ("logical_anomalies", 0.5, True),
-    "missing_cable": ("logical_anomalies", 700, False),
-    "missing_connector": ("logical_anomalies", 0.8, True),
-    "reversed_connector": ("logical_anomalies", 0.8, True),
-    "loose_cable": ("logical_anomalies", 0.5, True),
-    "cut_cable": ("structural_anomalies", 1.0, True),
-    "frayed_cable": ("structural_anomalies", 1.0, True),
-    "open_lever": ("structural_anomalies", 1.0, True),
-    "broken_connector": ("structural_anomalies", 1.0, True),
-    "stain": ("structural_anomalies", 1.0, True),
-}
+# Rendered twin: screw_bag
+
+PARTS = {"long_bolt": 1, "short_bolt": 1, "washer": 2, "nut": 2}
+SWAPS = {"missing_washer": ("washer", None), "additional_washer": (None, "washer"), "missing_nut": ("nut", None),
+         "additional_nut": (None, "nut"), "missing_long_bolt": ("long_bolt", None),
+         "missing_short_bolt": ("short_bolt", None), "additional_bolt": (None, "short_bolt"),
+         "two_long_bolts": ("short_bolt", "long_bolt"), "two_short_bolts": ("long_bolt", "short_bolt")}  # part out, in
+SHANK = {"long_bolt": 0.36, "short_bolt": 0.20}                                      # length in heights of the photo
+ROUND = {"washer": (CIRCLE * 0.062, CIRCLE * 0.042), "nut": (CIRCLE[::10] * 0.064, CIRCLE * 0.032)}     # outline, bore
+THREADS = [(0.75, 0.50, 0.12), (0.10, 0.10, 0.11), (0.62, 0.28, 0.16)]               # brass, black, copper
+DIRT = [(0.36, 0.21, 0.08), (0.42, 0.10, 0.08), (0.10, 0.28, 0.36)]
+
+
+def room_for(rng, kind, taken):
+    """Centre and angle of a part in the middle of the bag, clear of the others or as clear as 60 tries find.
+    taken: list of (x, y, half width) of points along the parts that lie there already."""
+    half, width = (SHANK[kind] / 2 + 0.025, 0.04) if kind in SHANK else (0, 0.05)
+    spine, others, tries = np.linspace((-half, 0), (half, 0), 9), np.array(taken).reshape(-1, 3), []
+    for _ in range(60):
+        centre, angle = rng.uniform((0.19, 0.25), (0.67, 0.73)), rng.uniform(0, 360)
+        points = turned(spine, angle, centre, 0.69)                                  # (9, 2)
+        apart = np.linalg.norm((points[:, None] - others[:, :2]) / (0.69, 1), axis=2) - others[:, 2] - width
+        gap = min((points - (0.13, 0.17)).min(), ((0.73, 0.81) - points).min(), apart.min(initial=1))
+        tries.append((gap, centre, angle, points))
+        if gap > 0:
+            break
+    _, centre, angle, points = max(tries, key=lambda one: one[0])
+    taken.extend((x, y, width) for x, y in points)
+    return centre, angle
+
+
+def hardware(scene, kind, centre, angle, fault):
+    """A bolt, washer or nut. Returns its shape."""
+    rng, gone = scene.rng, None
+    put = partial(turned, angle=angle, centre=centre, squeeze=0.69)
+
+    def part(outline, *holes):
+        shape = minus(polygon(scene, put(outline)), *(polygon(scene, put(hole)) for hole in holes))
+        return minus(shape, gone) if gone else shape
+
+    def silhouette():
+        return union(part(head), part(shank)) if end else part(*ROUND[kind])
+
+    zinc, steel = np.array((0.66, 0.70, 0.74)) * rng.normal(1, 0.03), np.array((0.66, 0.66, 0.56)) * rng.normal(1, 0.03)
+    end = SHANK.get(kind, 0) / 2
+    head, shank = slab(0.05, 0.088) - (end, 0), slab(2 * end, 0.042)
+    if fault == "broken_part":
+        cut = rng.uniform(0.0, 0.1) - end if end else rng.uniform(-0.02, 0.02)
+        jags = [(cut + rng.uniform(-0.015, 0.015), y) for y in (-0.06, -0.02, 0.02, 0.06)]
+        whole, gone = silhouette(), part(jags + [(-0.3, 0.06), (-0.3, -0.06)])
+        scene.regions.append(common(whole, gone))
+    shape = silhouette()
+    if end:
+        if fault == "wrong_thread_colour":
+            steel = np.array(THREADS[rng.integers(3)])
+            scene.regions.append(part(shank))
+        n = int(end / 0.0035)
+        thread = np.stack([np.linspace(0.03 - end, end, n), np.where(np.arange(n) % 2, 0.03, -0.03)], 1)
+        stamp(scene, part(shank), steel, grain=0.1, bulge=0.6, gloss=0.3, shadow=0.4)
+        stamp(scene, common(stroke(scene, 0.004, put(thread)), part(shank)), steel * 0.35, grain=0, alpha=0.5)
+        stamp(scene, part(head), zinc * 1.1, grain=0.05, bulge=0.6, gloss=0.3, shadow=0.4)
+        for y, tone in ((-0.018, 1.5), (0.012, 0.4)):                                # the round head mirrors the lamps
+            band = stroke(scene, 0.013, put([(-end - 0.03, y), (0.03 - end, y)]))
+            stamp(scene, common(band, part(head)), zinc * tone, grain=0, alpha=0.6)
+    else:
+        stamp(scene, shape, zinc, grain=0.1, bulge=0.8, gloss=0.35, shadow=0.4)
+        detail = stroke(scene, 0.006, put([(0.034, 0), (0.054, 0.006)]))             # a spring washer's gap
+        if kind == "nut":
+            detail = part(ROUND[kind][1] * 1.25, ROUND[kind][1])                     # the thread inside
+        stamp(scene, common(detail, shape), zinc * 0.4, grain=0.1, alpha=0.75)
+    if fault == "rusty_part":
+        scene.regions.append(common(shape, ellipse(scene, centre, 0.09, 0.09, wobble=0.4)))
+        stamp(scene, scene.regions[-1], (0.42, 0.20, 0.08), grain=0.35, scale=7, alpha=rng.uniform(0.7, 0.95))
+    return shape
+
+
+def bag(scene):
+    """A clear bag with its folds, zip and print."""
+    rng, n = scene.rng, scene.side
+    corners = np.array([(0.07, 0.09), (0.925, 0.12), (0.925, 0.90), (0.065, 0.87)]) + rng.normal(0, 0.006, (4, 2))
+    film = polygon(scene, corners)
+    folds = np.tanh(2.5 * noise(rng, n, n, n / 4.5) + 0.6 * noise(rng, n, n, n / 14))
+    stamp(scene, film, (0.08, 0.08, 0.095), grain=0)
+    stamp(scene, common(film, Image.fromarray(np.uint8(127 + 127 * folds))), (0.12, 0.118, 0.115), grain=0.03)
+    for corner in corners[[0, 0, 1, 2, 3, 3]]:                                       # creases run in from the corners
+        end = rng.uniform(0.25, 0.7, 2)
+        crease = curve(corner, (corner + end) / 2 + rng.normal(0, 0.06, 2), end)
+        crease = common(film, stroke(scene, rng.uniform(0.004, 0.012), crease))
+        stamp(scene, crease, (0.45, 0.44, 0.42), grain=0, alpha=rng.uniform(0.05, 0.2))
+    rim = np.linspace(corners, np.roll(corners, -1, 0), 12, axis=1) + rng.normal(0, 0.001, (4, 12, 2))
+    stamp(scene, stroke(scene, 0.005, *rim, caps=False), (0.40, 0.39, 0.38), grain=0, alpha=0.5)
+    stamp(scene, stroke(scene, 0.016, [(0.782, 0.115), (0.786, 0.89)]), (0.62, 0.62, 0.64), bulge=0.6, alpha=0.6)
+    sign = ([(0.835, 0), (0.885, -0.035), (0.885, 0.035), (0.835, 0)], [(0.86, 0.06), (0.86, 0.088)],
+            [(0.817, -0.025), (0.817, 0.03)])                                        # of recycling, over and over
+    signs = [line + np.array((0, y)) for y in np.arange(rng.uniform(-0.1, 0.05), 1, 0.152) for line in sign]
+    stamp(scene, common(stroke(scene, 0.008, *signs, caps=False), film), (0.85, 0.85, 0.85), grain=0.1)
+
+
+def screw_bag(scene, fault=None):
+    """A clear bag with two washers, two nuts, a long and a short bolt in any pose."""
+    rng = scene.rng
+    scene.aim(0.01, 1.0, 0.012)
+    background(scene, (0.03, 0.03, 0.032), grain=0.1, blotch=0.1)
+    bag(scene)
+    out, added = SWAPS.get(fault, (None, None))
+    parts = [kind for kind, n in PARTS.items() for _ in range(n - (kind == out) + (kind == added))]
+    hit, taken, shapes = rng.integers(2 if fault == "wrong_thread_colour" else len(parts)), [], []
+    for i, kind in enumerate(parts):
+        shapes.append(hardware(scene, kind, *room_for(rng, kind, taken), fault if i == hit else None))
+    if added:
+        scene.regions.append(union(*(shape for shape, kind in zip(shapes, parts) if kind == added)))
+    elif out:
+        scene.regions.append(polygon(scene, [(0.09, 0.11), (0.76, 0.13), (0.76, 0.87), (0.09, 0.85)]))
+    if fault in ("torn_bag", "stained_bag"):
+        outline = CIRCLE[::6] * rng.uniform(0.5, 1.2, (10, 1)) * rng.uniform(0.032, 0.06, 2)
+        centre = rng.uniform((0.14, 0.17), (0.7, 0.8))
+        spot = polygon(scene, outline + centre)
+        if fault == "torn_bag":                                                      # the torn film curls up, white
+            spot, hole = (minus(shape, *shapes) for shape in (spot, polygon(scene, outline * 0.75 + centre)))
+            stamp(scene, spot, (0.62, 0.61, 0.60), grain=0.25)
+            stamp(scene, hole, (0.025, 0.025, 0.027))
+        else:
+            stamp(scene, soft(spot, 2), DIRT[rng.integers(3)], grain=0.25, alpha=rng.uniform(0.55, 0.9))
+        scene.regions.append(spot)
+
+
+# Rendered twin: splicing_connectors
+
 CABLES = {2: (0.86, 0.68, 0.16), 3: (0.26, 0.32, 0.72), 5: (0.74, 0.13, 0.11)}       # colour by number of clamps
 PITCH = 0.098                                                                        # of the clamps
 ORANGE, COPPER = np.array((0.96, 0.31, 0.07)), np.array((0.72, 0.42, 0.22))
@@ -1244,21 +1349,21 @@ def mesh(scene):
     scene.photo *= (0.06 + wire * (0.62 + 0.5 * knot * wire) * (1 + 0.25 * (a + b)))[..., None]
 
 
-def connector(scene, place, clamps, used, fault):
-    """A connector at place (centre, angle, side: 1 levers to the right, -1 left); the clamps in `used` {clamp: colour}
-    show the cable. Returns its shape."""
-    rng, (centre, angle, side) = scene.rng, place
+def connector(scene, centre, angle, side, clamps, used, fault):
+    """A connector, side: 1 levers to the right, -1 left; the clamps in `used` {clamp: colour} show the cable. Returns
+    its shape."""
+    rng, put = scene.rng, partial(turned, angle=angle, centre=centre, squeeze=0.5)
     orange, hit, gone = ORANGE * rng.normal(1, 0.05), rng.integers(clamps), None
 
     def part(x, y, w, h):
-        shape = polygon(scene, lying(slab(w, h) + (side * x, y), centre, angle, 0.5))
+        shape = polygon(scene, put(slab(w, h) + (side * x, y)))
         return minus(shape, gone) if gone else shape
 
     whole = part(0, 0, 0.32, clamps * PITCH + 0.03)
     if fault == "broken_connector":                                                  # a corner or an end of it
-        spot = (side * rng.uniform(-0.15, 0.12), rng.choice((-1, 1)) * clamps * PITCH / 2)
-        gone = ellipse(scene, lying([spot], centre, angle, 0.5)[0], *rng.uniform(0.04, 0.07, 2), wobble=0.4)
-        scene.regions.append((fault, common(whole, gone)))
+        spot = put([(side * rng.uniform(-0.15, 0.12), rng.choice((-1, 1)) * clamps * PITCH / 2)])[0]
+        gone = ellipse(scene, spot, *rng.uniform(0.04, 0.07, 2), wobble=0.4)
+        scene.regions.append(common(whole, gone))
     housing = part(-0.02, 0, 0.28, clamps * PITCH + 0.025)
     stamp(scene, housing, (0.62, 0.56, 0.54), grain=0.06, bulge=0.4, shadow=0.6, alpha=0.7)
     for clamp in range(clamps):
@@ -1270,18 +1375,17 @@ def connector(scene, place, clamps, used, fault):
         stamp(scene, part(-0.03, y - 0.004, 0.045, 0.026), used.get(clamp, (0.55, 0.53, 0.52)), grain=0.2, alpha=0.6)
         if lifted:
             stamp(scene, part(0.03, y, 0.1, PITCH * 0.7), (0.16, 0.12, 0.11), grain=0.3)
-            scene.regions.append((fault, lever))
+            scene.regions.append(lever)
     if fault == "stain":
-        spot = (side * rng.uniform(-0.05, 0.13), rng.uniform(-0.5, 0.5) * (clamps - 0.6) * PITCH)
-        blot = ellipse(scene, lying([spot], centre, angle, 0.5)[0], *rng.uniform(0.03, 0.06, 2), wobble=0.35)
-        stamp(scene, soft(blot, 2), (0.13, 0.10, 0.07), grain=0.3, alpha=rng.uniform(0.7, 0.95))
-        scene.regions.append((fault, blot))
+        spot = put([(side * rng.uniform(-0.05, 0.13), rng.uniform(-0.5, 0.5) * (clamps - 0.6) * PITCH)])[0]
+        scene.regions.append(ellipse(scene, spot, *rng.uniform(0.03, 0.06, 2), wobble=0.35))
+        stamp(scene, soft(scene.regions[-1], 2), (0.13, 0.10, 0.07), grain=0.3, alpha=rng.uniform(0.7, 0.95))
     return whole
 
 
 def cable_path(rng, places, clamps, rows):
     """(40, 2) points from clamp rows[0] of the left connector to clamp rows[1] of the right one, sagging a little."""
-    start, end = [lying([(side * 0.14, (row - (n - 1) / 2) * PITCH)], centre, angle, 0.5)[0]
+    start, end = [turned([(side * 0.14, (row - (n - 1) / 2) * PITCH)], angle, centre, 0.5)[0]
                   for (centre, angle, side), n, row in zip(places, clamps, rows)]
     t = np.linspace(0, 1, 40)[:, None]
     sag = rng.normal(0.02, 0.008) * np.sin(np.pi * t) + rng.normal(0, 0.008) * np.sin(2 * np.pi * t)
@@ -1292,14 +1396,14 @@ def cable(scene, path, colour, fault):
     rng, i = scene.rng, scene.rng.integers(10, 26)                                   # a fault sits at path[i]
     pieces = [path[:i], path[i + rng.integers(2, 5):] + (0, rng.normal(0, 0.015))] if fault == "cut_cable" else [path]
     for piece in pieces:
-        stamp(scene, stroke(scene, piece, 0.025), colour, bulge=0.45, gloss=0.15, shadow=0.5)
+        stamp(scene, stroke(scene, 0.025, piece), colour, bulge=0.45, gloss=0.15, shadow=0.5)
     if fault == "frayed_cable":                                                      # bare strands stick out
         bare = path[i:i + rng.integers(4, 7)]
         for _ in range(8):
             strand = bare + np.sin(np.linspace(0, np.pi, len(bare)))[:, None] * rng.normal(0, (0.004, 0.016), 2)
-            stamp(scene, stroke(scene, strand, 0.006), COPPER * rng.uniform(0.6, 1.2), grain=0.2)
+            stamp(scene, stroke(scene, 0.006, strand), COPPER * rng.uniform(0.6, 1.2), grain=0.2)
     if fault in ("cut_cable", "frayed_cable"):
-        scene.regions.append((fault, stroke(scene, path[i:i + 4], 0.05)))
+        scene.regions.append(stroke(scene, 0.05, path[i:i + 4]))
 
 
 def splicing_connectors(scene, fault=None):
@@ -1312,275 +1416,124 @@ def splicing_connectors(scene, fault=None):
     (row, other), odd = rng.permutation(n)[:2], int(rng.choice([m for m in CABLES if m != n]))
     places = [((0.19 + rng.normal(0, 0.008), 0.48 + rng.normal(0, 0.012)), rng.normal(0, 1.5), 1),
               ((0.80 + rng.normal(0, 0.008), 0.50 + rng.normal(0, 0.012)), rng.normal(0, 1.5), -1)]
-    clamps, cables, colour = [n, n], [(row, row)], np.array(CABLES[n]) * rng.normal(1, 0.08)
+    clamps, colour = [n, n], np.array(CABLES[n]) * rng.normal(1, 0.08)
     if fault == "wrong_cable_colour":
         colour = np.array(CABLES[odd]) * rng.normal(1, 0.08)
     if fault == "unequal_connectors":
         clamps[hit] = odd
-        cables = [(min(row, odd - 1),) * 2]
-    if fault == "wrong_cable_location":
-        cables = [(row, other)]
-    if fault == "extra_cable":
-        cables.append((other, other))
+        row = min(row, odd - 1)
+    cables = {"wrong_cable_location": [(row, other)], "extra_cable": [(row, row), (other, other)]}
+    cables = cables.get(fault, [(row, row)])                                         # clamps on the left and the right
 
     paths = [cable_path(rng, places, clamps, rows) for rows in cables]
-    shape = reduce(union, [stroke(scene, path, 0.025) for path in paths])
     if fault in ("wrong_cable_colour", "wrong_cable_location", "extra_cable"):
-        scene.regions.append((fault, shape))
+        scene.regions.append(stroke(scene, 0.025, *paths))
     if fault == "missing_cable":
-        scene.regions.append((fault, stroke(scene, paths.pop(), 0.06)))
+        scene.regions.append(stroke(scene, 0.06, paths.pop()))
         cables = []
     if fault == "loose_cable":                                                       # it ends short of the connector
         gap = np.arange(30, 40) if hit else np.arange(10)
-        scene.regions.append((fault, stroke(scene, paths[0][gap], 0.05)))
+        scene.regions.append(stroke(scene, 0.05, paths[0][gap]))
         paths[0] = np.delete(paths[0], gap, axis=0)
     if fault == "reversed_connector":
         places[hit] = (*places[hit][:2], -places[hit][2])
     for path in paths:
         cable(scene, path, colour, fault)
     bodies = []
-    for side in (0, 1):
+    for side, (centre, angle, facing) in enumerate(places):
         if fault == "missing_connector" and side == hit:
-            bodies.append(polygon(scene, lying(slab(0.32, n * PITCH + 0.03), *places[side][:2], 0.5)))
+            bodies.append(polygon(scene, turned(slab(0.32, n * PITCH + 0.03), angle, centre, 0.5)))
             continue
         used = {rows[side]: colour for rows in cables}
-        bodies.append(connector(scene, places[side], clamps[side], used, fault if side == hit else None))
+        bodies.append(connector(scene, centre, angle, facing, clamps[side], used, fault if side == hit else None))
     if fault in ("missing_connector", "reversed_connector"):
-        scene.regions.append((fault, bodies[hit]))
+        scene.regions.append(bodies[hit])
     if fault == "unequal_connectors":
-        scene.regions.append((fault, union(*bodies)))
+        scene.regions.append(union(*bodies))
 
 
-SCREW_BAG = {
-    "missing_washer": ("logical_anomalies", 220, False),
-    "additional_washer": ("logical_anomalies", 220, False),
-    "missing_nut": ("logical_anomalies", 260, False),
-    "additional_nut": ("logical_anomalies", 260, False),
-    "missing_long_bolt": ("logical_anomalies", 800, False),
-    "missing_short_bolt": ("logical_anomalies", 550, False),
-    "additional_bolt": ("logical_anomalies", 550, False),
-    "two_long_bolts": ("logical_anomalies", 800, False),
-    "two_short_bolts": ("logical_anomalies", 550, False),
-    "broken_part": ("structural_anomalies", 1.0, True),
-    "rusty_part": ("structural_anomalies", 1.0, True),
-    "wrong_thread_colour": ("structural_anomalies", 1.0, True),
-    "torn_bag": ("structural_anomalies", 1.0, True),
-    "stained_bag": ("structural_anomalies", 1.0, True),
-}
-KINDS = ["long_bolt", "short_bolt", "washer", "nut"]
-# fault: (part out, part in)
-SWAPS = {"missing_washer": ("washer", None), "additional_washer": (None, "washer"), "missing_nut": ("nut", None),
-         "additional_nut": (None, "nut"), "missing_long_bolt": ("long_bolt", None),
-         "missing_short_bolt": ("short_bolt", None), "additional_bolt": (None, "short_bolt"),
-         "two_long_bolts": ("short_bolt", "long_bolt"), "two_short_bolts": ("long_bolt", "short_bolt")}
-SHANK = {"long_bolt": 0.36, "short_bolt": 0.20}                                      # length in heights of the photo
-ROUND = {"washer": (CIRCLE * 0.062, CIRCLE * 0.042), "nut": (CIRCLE[::10] * 0.064, CIRCLE * 0.032)}     # outline, bore
-THREADS = [(0.75, 0.50, 0.12), (0.10, 0.10, 0.11), (0.62, 0.28, 0.16)]               # brass, black, copper
-DIRT = [(0.36, 0.21, 0.08), (0.42, 0.10, 0.08), (0.10, 0.28, 0.36)]
+# Rendered twin: LOCO's folders
+
+SCENES = {scene.__name__: scene for scene in (breakfast_box, juice_bottle, pushpins, screw_bag, splicing_connectors)}
 
 
-def room_for(rng, kind, taken):
-    """Centre and angle of a part in the middle of the bag, clear of the others or as clear as 60 tries find.
-    taken: list of (x, y, half width) of points along the parts that lie there already."""
-    half, width = (SHANK[kind] / 2 + 0.025, 0.04) if kind in SHANK else (0, 0.05)
-    spine, others, tries = np.linspace((-half, 0), (half, 0), 9), np.array(taken).reshape(-1, 3), []
-    for _ in range(60):
-        centre, angle = rng.uniform((0.19, 0.25), (0.67, 0.73)), rng.uniform(0, 360)
-        points = lying(spine, centre, angle, 0.69)                                                     # (9, 2)
-        apart = np.linalg.norm((points[:, None] - others[:, :2]) / (0.69, 1), axis=2) - others[:, 2] - width
-        gap = min((points - (0.13, 0.17)).min(), ((0.73, 0.81) - points).min(), apart.min(initial=1))
-        tries.append((gap, centre, angle, points))
-        if gap > 0:
-            break
-    _, centre, angle, points = max(tries, key=lambda one: one[0])
-    taken.extend((x, y, width) for x, y in points)
-    return centre, angle
+def scene_of(category: str):
+    """The function that draws a category. Raises InputError where there is none."""
+    if category not in SCENES:
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(category, SCENES, 1))
+        raise InputError(f"--category {category}: not one of the rendered {', '.join(SCENES)}{near}")
+    return SCENES[category]
 
 
-def hardware(scene, kind, centre, angle, fault):
-    """A bolt, washer or nut. Returns its shape."""
-    rng, gone = scene.rng, None
-    put = partial(lying, centre=centre, angle=angle, squeeze=0.69)
-
-    def part(outline, bore=None):
-        shape = polygon(scene, put(outline))
-        if bore is not None:
-            shape = minus(shape, polygon(scene, put(bore)))
-        return minus(shape, gone) if gone else shape
-
-    def silhouette():
-        return union(part(head), part(shank)) if end else part(*ROUND[kind])
-
-    zinc, steel = np.array((0.66, 0.70, 0.74)) * rng.normal(1, 0.03), np.array((0.66, 0.66, 0.56)) * rng.normal(1, 0.03)
-    end = SHANK.get(kind, 0) / 2
-    head, shank = slab(0.05, 0.088) - (end, 0), slab(2 * end, 0.042)
-    if fault == "broken_part":
-        cut = rng.uniform(0.0, 0.1) - end if end else rng.uniform(-0.02, 0.02)
-        jags = [(cut + rng.uniform(-0.015, 0.015), y) for y in (-0.06, -0.02, 0.02, 0.06)]
-        whole, gone = silhouette(), part(jags + [(-0.3, 0.06), (-0.3, -0.06)])
-        scene.regions.append((fault, common(whole, gone)))
-    shape = silhouette()
-    if end:
-        if fault == "wrong_thread_colour":
-            steel = np.array(THREADS[rng.integers(3)])
-            scene.regions.append((fault, part(shank)))
-        n = int(end / 0.0035)
-        thread = np.stack([np.linspace(0.03 - end, end, n), np.where(np.arange(n) % 2, 0.03, -0.03)], 1)
-        stamp(scene, part(shank), steel, grain=0.1, bulge=0.6, gloss=0.3, shadow=0.4)
-        stamp(scene, common(stroke(scene, put(thread), 0.004), part(shank)), steel * 0.35, grain=0, alpha=0.5)
-        stamp(scene, part(head), zinc * 1.1, grain=0.05, bulge=0.6, gloss=0.3, shadow=0.4)
-        for y, tone in ((-0.018, 1.5), (0.012, 0.4)):                                # the round head mirrors the lamps
-            band = stroke(scene, put([(-end - 0.03, y), (0.03 - end, y)]), 0.013)
-            stamp(scene, common(band, part(head)), zinc * tone, grain=0, alpha=0.6)
-    else:
-        stamp(scene, shape, zinc, grain=0.1, bulge=0.8, gloss=0.35, shadow=0.4)
-        detail = stroke(scene, put([(0.034, 0), (0.054, 0.006)]), 0.006)             # a spring washer's gap
-        if kind == "nut":
-            detail = part(ROUND[kind][1] * 1.25, ROUND[kind][1])                     # the thread inside
-        stamp(scene, common(detail, shape), zinc * 0.4, grain=0.1, alpha=0.75)
-    if fault == "rusty_part":
-        rust = common(shape, ellipse(scene, centre, 0.09, 0.09, wobble=0.4))
-        stamp(scene, rust, (0.42, 0.20, 0.08), grain=0.35, scale=7, alpha=rng.uniform(0.7, 0.95))
-        scene.regions.append((fault, rust))
-    return shape
+def draw(category: str, kind: str, index: int, size: int, seed: int) -> tuple[np.ndarray, list[np.ndarray], str | None]:
+    """One photo of a kind of COUNTS -> uint8 (size, size, 3), its fault's regions, bool (size, size) each, and the
+    fault. The faults of a kind take turns; the photo depends on nothing but the arguments."""
+    names = list({"test_logical": LOGICAL, "test_structural": STRUCTURAL}.get(kind, {}).get(category, ()))
+    fault = names[index % len(names)] if names else None
+    stream = zlib.crc32((category + FOLDERS[kind].replace("/", "")).encode())
+    scene = Scene(np.random.default_rng([seed, stream, index]), 2 * size)
+    scene_of(category)(scene, fault)
+    return *develop(scene, size), fault
 
 
-def bag(scene):
-    """A clear bag with its folds, zip and print."""
-    rng, n = scene.rng, scene.side
-    corners = np.array([(0.07, 0.09), (0.925, 0.12), (0.925, 0.90), (0.065, 0.87)]) + rng.normal(0, 0.006, (4, 2))
-    film = polygon(scene, corners)
-    folds = np.tanh(2.5 * noise(rng, n, n, n / 4.5) + 0.6 * noise(rng, n, n, n / 14))
-    stamp(scene, film, (0.08, 0.08, 0.095), grain=0)
-    stamp(scene, common(film, Image.fromarray(np.uint8(127 + 127 * folds))), (0.12, 0.118, 0.115), grain=0.03)
-    for corner in corners[[0, 0, 1, 2, 3, 3]]:                                       # creases run in from the corners
-        end = rng.uniform(0.25, 0.7, 2)
-        crease = curve(corner, (corner + end) / 2 + rng.normal(0, 0.06, 2), end)
-        crease = common(film, stroke(scene, crease, rng.uniform(0.004, 0.012)))
-        stamp(scene, crease, (0.45, 0.44, 0.42), grain=0, alpha=rng.uniform(0.05, 0.2))
-    rim = np.linspace(corners, np.roll(corners, -1, 0), 12, axis=1) + rng.normal(0, 0.001, (4, 12, 2))
-    stamp(scene, strokes(scene, rim, 0.005), (0.40, 0.39, 0.38), grain=0, alpha=0.5)
-    stamp(scene, stroke(scene, [(0.782, 0.115), (0.786, 0.89)], 0.016), (0.62, 0.62, 0.64), bulge=0.6, alpha=0.6)
-    marks = [[(0.835, 0), (0.885, -0.035), (0.885, 0.035), (0.835, 0)], [(0.86, 0.06), (0.86, 0.088)],
-             [(0.817, -0.025), (0.817, 0.03)]]                                       # the recycling sign, over and over
-    marks = [mark + np.array((0, y)) for y in np.arange(rng.uniform(-0.1, 0.05), 1, 0.152) for mark in marks]
-    stamp(scene, common(strokes(scene, marks, 0.008), film), (0.85, 0.85, 0.85), grain=0.1)
-
-
-def screw_bag(scene, fault=None):
-    """A clear bag with two washers, two nuts, a long and a short bolt in any pose."""
-    rng = scene.rng
-    scene.aim(0.01, 1.0, 0.012)
-    background(scene, (0.03, 0.03, 0.032), grain=0.1, blotch=0.1)
-    bag(scene)
-    out, added = SWAPS.get(fault, (None, None))
-    count = {"long_bolt": 1, "short_bolt": 1, "washer": 2, "nut": 2}
-    parts = [kind for kind in KINDS for _ in range(count[kind] - (kind == out) + (kind == added))]
-    hit, taken, shapes = rng.integers(2 if fault == "wrong_thread_colour" else len(parts)), [], []
-    for i, kind in enumerate(parts):
-        shapes.append(hardware(scene, kind, *room_for(rng, kind, taken), fault if i == hit else None))
-    if added:
-        scene.regions.append((fault, reduce(union, [shape for shape, kind in zip(shapes, parts) if kind == added])))
-    elif out:
-        scene.regions.append((fault, polygon(scene, [(0.09, 0.11), (0.76, 0.13), (0.76, 0.87), (0.09, 0.85)])))
-    if fault in ("torn_bag", "stained_bag"):
-        outline = CIRCLE[::6] * rng.uniform(0.5, 1.2, (10, 1)) * rng.uniform(0.032, 0.06, 2)
-        centre = rng.uniform((0.14, 0.17), (0.7, 0.8))
-        spot, hole = polygon(scene, outline + centre), polygon(scene, outline * 0.75 + centre)
-        if fault == "torn_bag":                                                      # the torn film curls up, white
-            spot, hole = [minus(shape, reduce(union, shapes)) for shape in (spot, hole)]
-            stamp(scene, spot, (0.62, 0.61, 0.60), grain=0.25)
-            stamp(scene, hole, (0.025, 0.025, 0.027))
-        else:
-            stamp(scene, soft(spot, 2), DIRT[rng.integers(3)], grain=0.25, alpha=rng.uniform(0.55, 0.9))
-        scene.regions.append((fault, spot))
-
-
-# Each category: the function that draws it, and its faults {name: (kind, saturation threshold, relative saturation)}.
-TWIN = {"breakfast_box": (breakfast_box, BREAKFAST_BOX), "juice_bottle": (juice_bottle, JUICE_BOTTLE),
-        "pushpins": (pushpins, PUSHPINS), "screw_bag": (screw_bag, SCREW_BAG),
-        "splicing_connectors": (splicing_connectors, SPLICING_CONNECTORS)}
-
-
-def draw(category, split, kind, index, size, seed):
-    """One photo of a category: uint8 (size, size, 3) and its regions [(fault, bool (size, size))]. The faults of a kind
-    take turns; the photo depends on nothing but the arguments."""
-    scene_of, faults = TWIN[category]
-    names = [name for name, (its_kind, _, _) in faults.items() if its_kind == kind]
-    scene = Scene(np.random.default_rng([seed, zlib.crc32(f"{category}{split}{kind}".encode()), index]), 2 * size)
-    scene_of(scene, names[index % len(names)] if names else None)
-    return develop(scene, size)
-
-
-def draw_share(folder, category, counts, size, seed, share, shares):
+def draw_share(folder: str, category: str, counts: dict[str, int], size: int, seed: int, share: int, shares: int):
     """Draws and writes every `shares`-th photo of a category, from number `share` on: the work of one process."""
-    pixel_value = {name: 255 - i for i, name in enumerate(TWIN[category][1])}
-    photos = [(split, kind, i) for (split, kind), n in folders_of(counts).items() for i in range(n)]
-    for split, kind, i in photos[share::shares]:
-        photo, regions = draw(category, split, kind, i, size, seed)
-        truth = Path(folder, "ground_truth", kind, f"{i:03}")
-        for k, (name, region) in enumerate(regions):
+    faults = [*LOGICAL[category], *STRUCTURAL[category]]
+    for kind, i in [(kind, i) for kind, n in counts.items() for i in range(n)][share::shares]:
+        photo, regions, fault = draw(category, kind, i, size, seed)
+        for k, region in enumerate(regions):
+            truth = Path(folder, FOLDERS[kind].replace("test", "ground_truth"), f"{i:03}")
             truth.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(region * np.uint8(pixel_value[name])).save(truth / f"{k:03}.png")
-        Image.fromarray(photo).save(Path(folder, split, kind, f"{i:03}.png"), compress_level=1)
-
-
-def folders_of(counts):
-    """{(split, kind): number of photos}"""
-    return {("train", "good"): counts["train"], ("validation", "good"): counts["validation"],
-            **{("test", kind): counts[kind] for kind in ("good", "logical_anomalies", "structural_anomalies")}}
+            Image.fromarray(region * np.uint8(255 - faults.index(fault))).save(truth / f"{k:03}.png")
+        Image.fromarray(photo).save(Path(folder, FOLDERS[kind], f"{i:03}.png"), compress_level=1)
 
 
 def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int = 256, seed: int = 1):
     """Writes the rendered twin of one category, out/category, in MVTec LOCO's layout.
 
-    counts: photos by split and kind, as in COUNTS; size: the photo's side in pixels. The same arguments give the same
-    pixels on any number of processes. The folder appears once it is complete. Draw 0 is the one that the presets were
-    tuned on; the default and the README's figures are draw 1. Raises InputError where the folder exists already or
-    cannot be written.
+    counts: photos by kind, as in COUNTS; size: the photo's side in pixels. The same arguments give the same pixels on
+    any number of processes. The folder appears once it is complete. Draw 0 is the one that the presets were tuned on;
+    the default and the README's figures are draw 1. Raises InputError where the folder exists already or cannot be
+    written.
     """
-    out = Path(out)
-    if category not in TWIN:
-        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(category, TWIN, 1))
-        raise InputError(f"--category {category}: not one of the rendered {', '.join(TWIN)}{near}")
+    scene_of(category)
+    out, total, shares = Path(out), sum(counts.values()), min(os.cpu_count() or 1, 16)
     if (out / category).exists():
         raise InputError(f"{out / category} exists already; remove it or give another --out")
-    total, shares = sum(folders_of(counts).values()), min(os.cpu_count() or 1, 16)
+    thresholds = LOGICAL[category] | dict.fromkeys(STRUCTURAL[category], 1.0)
+    config = [{"defect_name": name, "pixel_value": 255 - i, "relative_saturation": threshold <= 1,
+               "saturation_threshold": threshold if threshold <= 1 else round(threshold * (size / 256) ** 2)}
+              for i, (name, threshold) in enumerate(thresholds.items())]
+    mark = {"seed": seed, "size": size, "note": "drawn by LADMIM's data.py, not photographed"}
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{category}-", dir=out) as unfinished:
             folder = Path(unfinished, category)
-            for split, kind in folders_of(counts):
-                Path(folder, split, kind).mkdir(parents=True)
-            config = [{"defect_name": name, "pixel_value": 255 - i, "relative_saturation": relative,
-                       "saturation_threshold": threshold if relative else round(threshold * (size / 256) ** 2)}
-                      for i, (name, (_, threshold, relative)) in enumerate(TWIN[category][1].items())]
+            for kind in counts:
+                (folder / FOLDERS[kind]).mkdir(parents=True)
             (folder / "defects_config.json").write_text(json.dumps(config, indent=4))
-            (folder / RENDERED_MARK).write_text(json.dumps({"counts": counts, "size": size, "seed": seed}) + "\n")
-            # Fresh interpreters, not a pool: nothing of the caller (torch, its threads) is forked or imported again.
+            (folder / RENDERED_MARK).write_text(json.dumps(mark) + "\n")
+            # Fresh interpreters, not a pool: that would fork the caller's threads or import its program again.
             start = ("import json, sys; sys.path.insert(0, sys.argv[1]); import data; "
                      "data.draw_share(*json.loads(sys.argv[2]))")
             here, work = str(Path(__file__).parent), [str(folder), category, counts, size, seed]
             workers = [subprocess.Popen([sys.executable, "-c", start, here, json.dumps([*work, share, shares])],
-                                        stderr=subprocess.PIPE, text=True) for share in range(shares)]
+                                        stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                       for share in range(shares)]
             try:
-                while any(w.poll() is None for w in workers):
-                    time.sleep(0.2)
-                    if sys.stderr.isatty():
-                        done = sum(1 for split, kind in folders_of(counts) for _ in (folder / split / kind).iterdir())
-                        print(f"\rrendering {category}: {done}/{total} photos", end="", file=sys.stderr)
+                said = [worker.communicate()[1].split("\n") for worker in workers]
             finally:
                 for worker in workers:
                     worker.kill()
                     worker.wait()
-            said = [worker.communicate()[1].strip() or f"exit code {worker.returncode}" for worker in workers]
-            for worker, text in zip(workers, said):
+            for worker, lines in zip(workers, said):
                 if worker.returncode:
-                    raise InputError(f"rendering {out / category} failed ({text.splitlines()[-1]}); nothing was written")
+                    reason = next(filter(str.strip, reversed(lines)), f"exit code {worker.returncode}")
+                    raise InputError(f"rendering {out / category} failed ({reason}); nothing was written")
             folder.rename(out / category)
     except OSError as error:
         raise InputError(f"cannot write {out / category}: {error.strerror}; choose another --out") from error
-    print(f"\rrendered {category}: {total} photos of {size} x {size} pixels in {out / category}", file=sys.stderr)
+    print(f"rendered {category}: {total} photos of {size} x {size} pixels in {out / category}", file=sys.stderr)
 
 
 # Command line
@@ -1591,18 +1544,15 @@ def main() -> int:
     command = commands.add_parser("render", help="draw it, in MVTec LOCO's layout")
     command.add_argument("--out", required=True, type=Path, help="folder that will hold the category folders")
     command.add_argument("--category", default="all", help=f"all, or some of {','.join(SCENES)}")
-    options = ("--train", "--validation", "--test-good", "--test-logical", "--test-structural")
-    for option, (kind, n) in zip(options, COUNTS.items()):
-        command.add_argument(option, dest=kind, type=int, default=n, help=f"photos (default {n})")
+    for kind, n in COUNTS.items():
+        command.add_argument(f"--{kind.replace('_', '-')}", type=int, default=n, help=f"photos (default {n})")
     command.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
     command.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     try:
         names = list(SCENES) if args.category == "all" else args.category.split(",")
         for name in names:
-            if name not in SCENES:
-                near = "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name, SCENES, 1))
-                raise InputError(f"--category {name}: not one of {', '.join(SCENES)}{near}")
+            scene_of(name)
         counts = {kind: getattr(args, kind) for kind in COUNTS}
         if args.train < 2 or args.size < 64 or min(args.seed, *counts.values()) < 0:
             raise InputError("--train must be at least 2, --size 64, --seed and the other counts 0")

@@ -20,7 +20,7 @@ def jit(function):
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
-    """True if `tensor` goes to the Triton kernels. RuntimeError if the environment forces them where they cannot run."""
+    """True if `tensor` goes to the Triton kernels; RuntimeError if the environment forces them where they cannot run."""
     choice = os.environ.get("LADMIM_KERNELS", "")
     if choice not in ("", "torch", "triton"):
         raise RuntimeError(f"LADMIM_KERNELS={choice}: must be torch or triton, or unset to choose by device")
@@ -42,7 +42,7 @@ def _why_not(device: torch.device) -> str:
     if triton is None:
         return "triton is not installed"
     if device.type == "cuda" and torch.version.cuda:
-        # The kernels rest on asynchronous copies and on 96 KiB of shared memory: Ampere, 2020, and later.
+        # The kernels rest on asynchronous copies and 99 KiB of shared memory: Ampere, 2020, and later.
         old = torch.cuda.get_device_capability(device) < (8, 0)
         return "the GPU is older than compute capability 8.0" if old else ""
     # Triton's interpreter runs kernels on the CPU, slowly, for tests. It must be asked for before Triton is imported.

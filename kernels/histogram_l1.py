@@ -1,11 +1,11 @@
-"""Histogram L1: the distance of equation 12 between predicted and actual code histograms, for every image, mask and level.
+"""Histogram L1: equation 12's distance between predicted and actual code histograms, for each image, mask and level.
 
     Q = histogram of the level's codes over the mask's tokens, divided by their number;   P = softmax(logits)
     loss = sum_k |P_k - Q_k|;   d loss / d logits = P (s - sum_k P_k s_k) with s = sign(P - Q)
 
 What moves through memory (a row is one image, mask and level; K = 512 codes, N = 576 tokens; kB a row):
-  naive    scatter_add needs the codes as 64-bit indices and a weight for each (7), a zeroed histogram it adds to (6);
-           softmax, division, difference, absolute value and sum read and write K numbers each (18). Backward: 20 more.
+  naive    scatter_add needs the codes as 64-bit indices and a weight for each (7) and a zeroed histogram to add to (6);
+           softmax, division, difference, absolute value and sum read and write K numbers each (18); backward 20 more.
   here     logits are read once (2), codes (1.2) and mask (0.6) come from cache, as all masks of an image share the codes.
            The histogram lives in shared memory. Backward reads the logits again and writes their gradient (4).
   floor    the logits themselves: 2 kB forward, 4 kB backward, 2 and 4 ns a row at 1 TB/s. Below some ten thousand rows
@@ -26,7 +26,7 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     A mask without a token and a masked code outside 0..K-1 are ValueErrors on a CPU. On a GPU, where looking would make
     the host wait, that row and its gradient are NaN.
     """
-    (B, M, L, K), N = logits.shape, codes.shape[-1]
+    (B, M, L, _), N = logits.shape, codes.shape[-1]
     if codes.shape != (B, L, N) or mask.shape not in ((M, N), (B, M, N)):
         raise ValueError("histogram_l1 needs logits (B, M, L, K), codes (B, L, N) and mask (M, N) or (B, M, N), got "
                          f"{tuple(logits.shape)}, {tuple(codes.shape)}, {tuple(mask.shape)}")
@@ -38,7 +38,7 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
 
 def histogram_l1_reference(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The definition, differentiated by autograd: what tests and benchmark compare with."""
-    B, M, L, K = logits.shape
+    B, M, L, _ = logits.shape
     index = codes.long()[:, None].expand(B, M, L, -1)
     chosen = mask.expand(B, M, -1)[:, :, None].expand(index.shape).to(logits.dtype)  # (B, M, L, N)
     Q = torch.zeros_like(logits).scatter_add(3, index, chosen) / chosen.sum(-1, keepdim=True)
@@ -197,7 +197,8 @@ def _forward(logits, codes, mask, loss, lse, dot, M, L, N, K, MASK_B, BLOCK_N: t
 
 
 @jit
-def _backward(grad, logits, codes, mask, lse, dot, out, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _backward(grad, logits, codes, mask, lse, dot, out, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr,
+              BLOCK_K: tl.constexpr):
     row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
     codes, mask, share = _count(codes, mask, row, M, L, N, K, MASK_B, BLOCK_N)
     g, log_sum, mean = tl.load(grad + row), tl.load(lse + row), tl.load(dot + row)

@@ -1,19 +1,19 @@
-"""Nearest code: for each of T vectors the index of the closest of K codes (equation 4's argmin), exactly, at tensor-core speed.
+"""Nearest code: the index of the closest of K codes for each of T vectors (equation 4's argmin), exact and fast.
 
 What moves through memory (T = 36,864 tokens, K = 512 codes, D = 64, float32):
   naive    torch.addmm writes the (T, K) scores, 75 MB, and argmin reads them back: 151 MB, and 9 MB for x.
   here     x is read once, the codebook stays on the chip, an index and a distance leave: 10 MB.
-  floor    that is 10 us at an RTX 4090's 1 TB/s; the products, 2TKD = 2.4 GFLOP, take 15 us at its 165 TFLOP/s of
-           float16. So the products bound it, they must be float16 ones, and nothing else may cost as much.
+  floor    that is 10 us at an RTX 4090's 1 TB/s; the products, 2TKD = 2.4 GFLOP, take 15 us at its 165 TFLOP/s
+           of float16. So the products bound it, and they have to be float16 products.
 
-How a float16 product gives a float64 argmin. ||x - b||^2 = ||x||^2 - 2 (x.b - ||b||^2/2): the first term is the same for
-every code, so the nearest code has the largest score x.b - ||b||^2/2.
-  1. Shift x and all codes by one vector (far clusters would drown the differences), scale them by powers of two (exact).
-  2. Round them to float16 and *measure* what the rounding lost. By Cauchy and Schwarz a score is off by at most
-     E = |x - x16| |b| + |x16| |b - b16| + accumulation.
-  3. Keep each row's best two scores. If they are more than 2E apart no rounding can have swapped them: the row is done.
-  4. The others, some 2 % on Gaussian data, are listed and done again: codes within 2E of the best are candidates
-     (two or three a row) and their distances are computed in float64 from the original numbers.
+How float16 products give a float64 argmin. ||x - b||^2 = ||x||^2 - 2 (x.b - ||b||^2/2), and the first term is the
+same for every code, so the nearest code has the largest score x.b - ||b||^2/2.
+  1. Shift x and all codes by one vector (far clusters would drown the differences), scale by powers of two (exact).
+  2. Round both to float16 and measure what that lost. By Cauchy and Schwarz a score is off by at most
+     E = |x - x16| |b| + |x16| |b - b16| + what summing loses.
+  3. Keep each row's best two scores. If they are more than 2E apart, no rounding has swapped them: the row is done.
+  4. List the other rows (none where points lie near codes, 4 % where x and codes are unrelated Gaussians) and do them
+     again: codes scored within 2E of the best, two or three a row, are compared by float64 distances.
 The torch path does the same with float32 products, where E is so small that one row in thousands is done again.
 """
 
@@ -32,12 +32,13 @@ INFINITY = float("inf")
 def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (T, D), codebook (K, D) -> index (T,) int64 and squared distance (T,) float32. No gradient flows through either.
 
-    The index is float64's wherever the two best distances differ by more than 1e-5 relative; ties go to the lowest index.
-    float32, bfloat16 and float16 in any mix; other dtypes and shapes that do not fit raise TypeError and ValueError.
+    The index is float64's wherever the two best distances differ by more than 1e-5 relative; ties go to the lowest.
+    float32, bfloat16 and float16 in any mix; other dtypes raise TypeError, shapes that do not fit ValueError.
     A row with NaN or inf gets index -1 and distance NaN; a code with NaN or inf is never chosen.
     """
     if x.ndim != 2 or codebook.ndim != 2 or x.shape[1] != codebook.shape[1] or 0 in codebook.shape:
-        raise ValueError(f"nearest_code needs x (T, D) and codebook (K, D), got {tuple(x.shape)}, {tuple(codebook.shape)}")
+        shapes = f"{tuple(x.shape)} and {tuple(codebook.shape)}"
+        raise ValueError(f"nearest_code needs x (T, D) and codebook (K, D), got {shapes}")
     for tensor in (x, codebook):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"nearest_code needs float32, bfloat16 or float16, got {tensor.dtype}")
@@ -70,7 +71,7 @@ def _(x, codebook):
 
 @contextmanager
 def _float32_products(device: str) -> Iterator[None]:
-    """Autocast, TF32 and oneDNN's bfloat16 would all be off by more than the float32 margin: out of the way, then back."""
+    """Autocast, TF32 and oneDNN's bfloat16 would be off by more than the float32 margin: off here, then as before."""
     tf32 = torch.backends.cuda.matmul
     before = tf32.fp32_precision
     with torch.autocast(device, enabled=False), torch.backends.mkldnn.flags(False, False, None, None):
@@ -91,7 +92,7 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
     centred = codes.double() - centre
     scale = torch.exp2(-centred.abs().amax().clamp_min(1e-40).log2().floor())
     centred *= scale
-    # Column j belongs to group j mod G. A maximum over the K / G codes of a group is vectorised, an argmax over K is not.
+    # Column j belongs to group j mod G. A maximum over the K / G codes of a group is vectorised, an argmax is not.
     G = 32 * max(1, round(K**0.5 / 32))
     width = -(-K // G) * G
     longest = centred.square().sum(1).max().sqrt().float()
@@ -167,23 +168,24 @@ def _triton_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     if not T:
         return index, distance
     sizes = tile_sizes(K, D)
-    padded, parts, width = sizes["TILES"] * 64, sizes["PARTS"], sizes["WIDTH"]
+    parts, width, padded = sizes["PARTS"], sizes["WIDTH"], sizes["PARTS"] * 32
     half = torch.empty(padded, width, dtype=torch.float16, device=x.device)
     bias, limits, frame = torch.empty(padded + 2 * parts + width + 1, device=x.device).split((padded, 2 * parts, width + 1))
     doubtful = torch.empty(T + 1, dtype=torch.int64, device=x.device)  # how many, then which rows
     codes, rest = (codebook, half, bias, limits, frame), (index, distance, doubtful, T, K)
     with on_device(x):
         _prepare[(parts,)](*codes, doubtful, K, **sizes, num_warps=4)
-        _scan[(triton.cdiv(T, 64),)](x, *codes, *rest, **sizes, BLOCK_T=64, num_warps=8, num_stages=3)
-        _redo[(min(triton.cdiv(T, 16), 1024),)](x, *codes, *rest, **sizes, BLOCK_T=16, num_warps=8, num_stages=1)
+        _scan[(triton.cdiv(T, 64),)](x, *codes, *rest, **sizes, BLOCK_T=64, BLOCK_K=64, num_warps=8, num_stages=3)
+        _redo[(min(triton.cdiv(T, 16), 1024),)](x, *codes, *rest, **sizes, BLOCK_T=16, BLOCK_K=128, num_warps=8,
+                                                num_stages=1)
     return index, distance
 
 
 def tile_sizes(K: int, D: int) -> dict[str, int]:
-    """What the kernels know when they are compiled: D is padded to WIDTH and walked in chunks, K in tiles of 64 codes."""
-    chunk, tiles = max(16, min(64, triton.next_power_of_2(D))), triton.cdiv(K, 64)
-    return {"D": D, "WIDTH": triton.cdiv(D, chunk) * chunk, "CHUNK": chunk, "TILES": tiles, "PARTS": 2 * tiles,
-            "LOW": triton.next_power_of_2(tiles) - 1, "RAGGED": K % 64 != 0}
+    """What the kernels know when they are compiled: D is padded to WIDTH and walked in chunks, K to PARTS of 32 codes."""
+    chunk = max(16, min(64, triton.next_power_of_2(D)))
+    return {"D": D, "WIDTH": triton.cdiv(D, chunk) * chunk, "CHUNK": chunk, "PARTS": triton.cdiv(K, 128) * 4,
+            "LOW": triton.next_power_of_2(triton.cdiv(K, 64)) - 1, "RAGGED": K % 64 != 0}
 
 
 @jit
@@ -203,10 +205,10 @@ def _load(matrix, row, known, start, D: tl.constexpr, CHUNK: tl.constexpr):
 
 @jit
 def _prepare(codebook, half, bias, limits, frame, doubtful, K, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-             TILES: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr):
+             PARTS: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr):
     """32 codes: shifted, scaled, rounded to float16; their ||b||^2/2, their largest norm and largest rounding loss."""
     part, few, dim = tl.program_id(0), tl.arange(0, 16), tl.arange(0, CHUNK)
-    # The shift and the scale may be any: the mean of the first 16 codes and their spread, which every program finds alike.
+    # The shift and the scale may be any: the first 16 codes' mean and spread, which every program finds alike.
     spread = 0.0
     for start in range(0, WIDTH, CHUNK):
         sample = _load(codebook, few, few < K, start, D, CHUNK).to(tl.float32)
@@ -245,7 +247,7 @@ def _scaled(x, frame, row, known, start, rho, D: tl.constexpr, WIDTH: tl.constex
 
 @jit
 def _error(x, limits, frame, row, known, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
-           PAD: tl.constexpr):
+           LOW: tl.constexpr):
     """rho, the power of two that makes a row's largest number about 1, and E, the bound on the error of its scores."""
     one = tl.full(row.shape, 1.0, tl.float32)
     largest, square, lost_square = one * 0, one * 0, one * 0
@@ -257,7 +259,7 @@ def _error(x, limits, frame, row, known, D: tl.constexpr, WIDTH: tl.constexpr, C
         lost = scaled - scaled.to(tl.float16).to(tl.float32)
         square += tl.sum(scaled * scaled, 1)
         lost_square += tl.sum(lost * lost, 1)
-    part = tl.arange(0, PAD)
+    part = tl.arange(0, 4 * LOW + 4)  # a power of two, and no less than PARTS
     b_lost = tl.max(tl.load(limits + PARTS + part, part < PARTS, 0.0), 0)
     b_norm = tl.max(tl.load(limits + part, part < PARTS, 0.0), 0) + b_lost
     x_lost = tl.sqrt(lost_square)
@@ -292,19 +294,19 @@ def _distance(x, codebook, row, code, known, D: tl.constexpr, CHUNK: tl.constexp
 
 @jit
 def _scan(x, codebook, half, bias, limits, frame, index, distance, doubtful, T, K, D: tl.constexpr, WIDTH: tl.constexpr,
-          CHUNK: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr,
-          BLOCK_T: tl.constexpr):
+          CHUNK: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr, BLOCK_T: tl.constexpr,
+          BLOCK_K: tl.constexpr):
     """A tile of rows against all codes in float16: index and distance of the sure rows, a list of the doubtful ones."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    known, column = row < T, tl.arange(0, 64)
-    rho, error = _error(x, limits, frame, row, known, D, WIDTH, CHUNK, PARTS, 2 * LOW + 2)
+    known, column = row < T, tl.arange(0, BLOCK_K)
+    rho, error = _error(x, limits, frame, row, known, D, WIDTH, CHUNK, PARTS, LOW)
     x16 = _scaled(x, frame, row, known, 0, rho, D, WIDTH, CHUNK).to(tl.float16)
-    # Each column keeps the best two it has seen. The tile's number rides in the low bits of the score, so that one maximum
-    # yields value and index; it moves a score by 2^-23 (LOW + 1) of itself at most, which the margin pays for.
-    first = tl.full((BLOCK_T, 64), float("-inf"), tl.float32)
+    # Each column keeps the best two it has seen. The tile's number rides in the low bits of the score, so that one
+    # maximum yields value and index; it moves a score by 2^-23 (LOW + 1) of itself at most, and the margin pays.
+    first = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
     second = first
-    for tile in range(tl.cdiv(K, 64)):
-        code = tile * 64 + column
+    for tile in range(tl.cdiv(K, BLOCK_K)):
+        code = tile * BLOCK_K + column
         score = _scores(x, x16, frame, half, bias, row, known, rho, code, D, WIDTH, CHUNK)
         score = ((score.to(tl.int32, bitcast=True) & ~LOW) | tile).to(tl.float32, bitcast=True)
         if RAGGED:
@@ -312,11 +314,11 @@ def _scan(x, codebook, half, bias, limits, frame, index, distance, doubtful, T, 
         second = tl.maximum(second, tl.minimum(first, score))
         first = tl.maximum(first, score)
     best = tl.max(first, 1)
-    winner = tl.min(tl.where(first == best[:, None], column[None, :], 63), 1)
+    winner = tl.min(tl.where(first == best[:, None], column[None, :], BLOCK_K - 1), 1)
     runner = tl.max(tl.where(column[None, :] == winner[:, None], second, first), 1)
     packing = (LOW + 1) * 2.0**-23 * (tl.abs(best) + tl.abs(runner))
     sure = best - runner > 2 * error + packing  # false for NaN
-    code = tl.minimum((best.to(tl.int32, bitcast=True) & LOW) * 64 + winner, K - 1)
+    code = tl.minimum((best.to(tl.int32, bitcast=True) & LOW) * BLOCK_K + winner, K - 1)
     exact = _distance(x, codebook, row, code, known, D, 16, tl.float32)
     tl.store(distance + row, tl.where(sure, exact, best), known)  # a doubtful row leaves its score there for _redo
     tl.store(index + row, code, known)
@@ -327,10 +329,10 @@ def _scan(x, codebook, half, bias, limits, frame, index, distance, doubtful, T, 
 
 @jit
 def _redo(x, codebook, half, bias, limits, frame, index, distance, doubtful, T, K, D: tl.constexpr, WIDTH: tl.constexpr,
-          CHUNK: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr,
-          BLOCK_T: tl.constexpr):
+          CHUNK: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr, BLOCK_T: tl.constexpr,
+          BLOCK_K: tl.constexpr):
     """Doubtful rows, 16 at a time: of the codes whose score is within the margin of the best the nearest by float64."""
-    total, column = tl.load(doubtful), tl.arange(0, 64)
+    total, column = tl.load(doubtful), tl.arange(0, BLOCK_K)
     for begin in range(tl.program_id(0) * BLOCK_T, total, tl.num_programs(0) * BLOCK_T):
         slot = begin + tl.arange(0, BLOCK_T)
         row = tl.load(doubtful + 1 + slot, slot < total, 0)
@@ -338,24 +340,24 @@ def _redo(x, codebook, half, bias, limits, frame, index, distance, doubtful, T, 
         for start in range(0, WIDTH, CHUNK):  # rows with NaN or inf are passed over: no code is a candidate
             fine = tl.abs(_load(x, row, slot < total, start, D, CHUNK).to(tl.float32)) < float("inf")
             known = known & (tl.min(fine.to(tl.int32), 1) > 0)
-        rho, error = _error(x, limits, frame, row, known, D, WIDTH, CHUNK, PARTS, 2 * LOW + 2)
+        rho, error = _error(x, limits, frame, row, known, D, WIDTH, CHUNK, PARTS, LOW)
         x16 = _scaled(x, frame, row, known, 0, rho, D, WIDTH, CHUNK).to(tl.float16)
         best = tl.load(distance + row, known, 0.0)
         lowest = best - 2 * error - (LOW + 1) * 2.0**-23 * tl.abs(best)
         nearest = tl.full((BLOCK_T,), float("inf"), tl.float64)
         winner = tl.full((BLOCK_T,), -1, tl.int32)
-        for tile in range(tl.cdiv(K, 64)):
-            code = tile * 64 + column
+        for tile in range(tl.cdiv(K, BLOCK_K)):
+            code = tile * BLOCK_K + column
             score = _scores(x, x16, frame, half, bias, row, known, rho, code, D, WIDTH, CHUNK)
             out = (score < lowest[:, None]) | (code >= K)[None, :] | (known == 0)[:, None]  # NaN is not out
-            left = tl.where(out, 64, column[None, :])  # the columns of the candidates
-            pick = tl.min(left, 1)  # lowest first, so that ties go to the lowest index; 64: this row has none left
-            while tl.min(pick, 0) < 64:
-                exact = _distance(x, codebook, row, tile * 64 + pick, pick < 64, D, CHUNK, tl.float64)
-                closer = (pick < 64) & (exact < nearest)
+            left = tl.where(out, BLOCK_K, column[None, :])  # the columns of the candidates
+            pick = tl.min(left, 1)  # lowest first, so that ties go to the lowest index; BLOCK_K: none is left
+            while tl.min(pick, 0) < BLOCK_K:
+                exact = _distance(x, codebook, row, tile * BLOCK_K + pick, pick < BLOCK_K, D, CHUNK, tl.float64)
+                closer = (pick < BLOCK_K) & (exact < nearest)
                 nearest = tl.where(closer, exact, nearest)
-                winner = tl.where(closer, tile * 64 + pick, winner)
-                left = tl.where(left == pick[:, None], 64, left)
+                winner = tl.where(closer, tile * BLOCK_K + pick, winner)
+                left = tl.where(left == pick[:, None], BLOCK_K, left)
                 pick = tl.min(left, 1)
         tl.store(index + row, winner.to(tl.int64), slot < total)
         tl.store(distance + row, tl.where(winner < 0, float("nan"), nearest.to(tl.float32)), slot < total)
