@@ -20,7 +20,7 @@ def jit(function):
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
-    """True if `tensor` goes to the Triton kernels; RuntimeError if the environment forces them where they cannot run."""
+    """True if `tensor` goes to the Triton kernels; RuntimeError if the environment forces them where they cannot."""
     choice = os.environ.get("LADMIM_KERNELS", "")
     if choice not in ("", "torch", "triton"):
         raise RuntimeError(f"LADMIM_KERNELS={choice}: must be torch or triton, or unset to choose by device")

@@ -5,7 +5,7 @@
 
 What moves through memory (a row is one image, mask and level; K = 512 codes, N = 576 tokens; kB a row):
   naive    scatter_add needs the codes as 64-bit indices and a weight for each (7) and a zeroed histogram to add to (6);
-           softmax, division, difference, absolute value and sum read and write K numbers each (18); backward 20 more.
+           softmax, division, difference, absolute value and sum pass over K numbers each (18). Backward: 20 more.
   here     logits are read once (2), codes (1.2) and mask (0.6) come from cache, as all masks of an image share the codes.
            The histogram lives in shared memory. Backward reads the logits again and writes their gradient (4).
   floor    the logits themselves: 2 kB forward, 4 kB backward, 2 and 4 ns a row at 1 TB/s. Below some ten thousand rows
@@ -135,8 +135,12 @@ def _triton_backward(grad, logits, codes, mask, lse, dot):
 
 def _sizes(logits, codes, mask) -> dict[str, int]:
     (_, M, L, K), N = logits.shape, codes.shape[-1]
-    return {"M": M, "L": L, "N": N, "K": K, "MASK_B": M * N if mask.ndim == 3 else 0,
-            "BLOCK_N": 256, "BLOCK_K": min(1024, max(32, triton.next_power_of_2(K))), "num_warps": 4}
+    return {"M": M, "L": L, "N": N, "K": K, "MASK_B": M * N if mask.ndim == 3 else 0, **tile_sizes(K)}
+
+
+def tile_sizes(K: int) -> dict[str, int]:
+    """Tokens and codes a tile: more codes than 1,024 would not fit a warp's registers as a histogram."""
+    return {"BLOCK_N": 256, "BLOCK_K": min(1024, max(32, triton.next_power_of_2(K))), "num_warps": 4}
 
 
 @jit

@@ -160,6 +160,12 @@ def _redo_rows(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 
 # ---- Triton
 
+# Rows and codes a tile; warps and stages so that nothing spills and two programs of _scan fit a multiprocessor.
+PREPARE = {"num_warps": 4}
+SCAN = {"BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+REDO = {"BLOCK_T": 16, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1, "maxnreg": 255}
+
+
 def _triton_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Three launches whose grids depend on shapes alone: no host synchronisation, so CUDA graphs can hold them."""
     (T, D), K = x.shape, len(codebook)
@@ -170,19 +176,19 @@ def _triton_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     sizes = tile_sizes(K, D)
     parts, width, padded = sizes["PARTS"], sizes["WIDTH"], sizes["PARTS"] * 32
     half = torch.empty(padded, width, dtype=torch.float16, device=x.device)
-    bias, limits, frame = torch.empty(padded + 2 * parts + width + 1, device=x.device).split((padded, 2 * parts, width + 1))
+    table = torch.empty(padded + 2 * parts + width + 1, dtype=torch.float32, device=x.device)
+    bias, limits, frame = table.split((padded, 2 * parts, width + 1))
     doubtful = torch.empty(T + 1, dtype=torch.int64, device=x.device)  # how many, then which rows
     codes, rest = (codebook, half, bias, limits, frame), (index, distance, doubtful, T, K)
     with on_device(x):
-        _prepare[(parts,)](*codes, doubtful, K, **sizes, num_warps=4)
-        _scan[(triton.cdiv(T, 64),)](x, *codes, *rest, **sizes, BLOCK_T=64, BLOCK_K=64, num_warps=8, num_stages=3)
-        _redo[(min(triton.cdiv(T, 16), 1024),)](x, *codes, *rest, **sizes, BLOCK_T=16, BLOCK_K=128, num_warps=8,
-                                                num_stages=1)
+        _prepare[(parts,)](*codes, doubtful, K, **sizes, **PREPARE)
+        _scan[(triton.cdiv(T, SCAN["BLOCK_T"]),)](x, *codes, *rest, **sizes, **SCAN)
+        _redo[(min(triton.cdiv(T, REDO["BLOCK_T"]), 256),)](x, *codes, *rest, **sizes, **REDO)
     return index, distance
 
 
 def tile_sizes(K: int, D: int) -> dict[str, int]:
-    """What the kernels know when they are compiled: D is padded to WIDTH and walked in chunks, K to PARTS of 32 codes."""
+    """What the kernels are compiled for: D is padded to WIDTH and walked in chunks, K is padded to PARTS of 32 codes."""
     chunk = max(16, min(64, triton.next_power_of_2(D)))
     return {"D": D, "WIDTH": triton.cdiv(D, chunk) * chunk, "CHUNK": chunk, "PARTS": triton.cdiv(K, 128) * 4,
             "LOW": triton.next_power_of_2(triton.cdiv(K, 64)) - 1, "RAGGED": K % 64 != 0}
@@ -204,8 +210,8 @@ def _load(matrix, row, known, start, D: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @jit
-def _prepare(codebook, half, bias, limits, frame, doubtful, K, D: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-             PARTS: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr):
+def _prepare(codebook, half, bias, limits, frame, doubtful, K, D: tl.constexpr, WIDTH: tl.constexpr,
+             CHUNK: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr):
     """32 codes: shifted, scaled, rounded to float16; their ||b||^2/2, their largest norm and largest rounding loss."""
     part, few, dim = tl.program_id(0), tl.arange(0, 16), tl.arange(0, CHUNK)
     # The shift and the scale may be any: the first 16 codes' mean and spread, which every program finds alike.
@@ -264,8 +270,8 @@ def _error(x, limits, frame, row, known, D: tl.constexpr, WIDTH: tl.constexpr, C
     b_norm = tl.max(tl.load(limits + part, part < PARTS, 0.0), 0) + b_lost
     x_lost = tl.sqrt(lost_square)
     x_norm = tl.sqrt(square) + x_lost
-    # Tensor cores cut where float32 rounds: at most 2^-22 of the magnitudes a term. 1e-30 stands for what underflows where
-    # everything is 0, since scores that matter are near 1. The 1 % covers the rounding of the norms.
+    # Tensor cores cut where float32 rounds: at most 2^-22 of the magnitudes a term. 1e-30 stands for what underflows
+    # where everything is 0, since scores that matter are near 1. The 1 % covers the rounding of the norms.
     summed = (D + 16) * 2.0**-22 * (x_norm * b_norm + rho * b_norm * b_norm) + 1e-30
     return rho, 1.01 * (x_lost * b_norm + x_norm * b_lost + summed)
 
