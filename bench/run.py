@@ -356,7 +356,8 @@ MODEL = """Model: a kernel's pipes are the tensor cores (2TKD FLOP at the data s
 multiprocessor (the instructions counted in the compiled loop; FMNMX, LOP3, ISETP, SEL and loads at half rate, the rest at
 full rate, tensor-core instructions apart) and memory (bytes at the data sheet's bandwidth). "From" is the busiest pipe
 alone, "to" is all of them one after the other; both add 3 us a launch and, for nearest_code, "to" adds 10 us for 4 % of the
-rows done again at the paper's shape, in proportion to T K beyond it. The plain version is taken at its best: products at the full float32 rate, then the (T, K) scores written and read once at full bandwidth."""
+rows done again (more where T K is above eight times the paper's, in proportion). The plain version is taken at its best:
+products at the full float32 rate, then the (T, K) scores written and read once at full bandwidth."""
 LAUNCH, REDO = 3e-6, 10e-6
 
 
