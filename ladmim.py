@@ -39,6 +39,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
+try:
+    import fcntl
+except ImportError:                                  # Windows: two trainings in one folder are the user's to avoid
+    fcntl = None
+
 import data
 import eval as evaluation
 from data import InputError
@@ -510,12 +515,30 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
+def lock(folder: Path):
+    """Makes the folder and holds it for this process: the system lets go when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is training in it; wait until it ends or choose another --out") from None
+    except OSError:                                  # a file system without locks, as some network drives are
+        pass
+    return file
+
+
 class Run:
     """A run's folder and what its checkpoint holds."""
 
     def __init__(self, folder: Path, settings: dict):
         """settings: config.json's content. A folder that already holds a run is gone on with if its settings agree."""
         self.folder, self.seed, self.saved = folder, settings["seed"], time.monotonic()
+        self.lock = lock(folder)
         self.state = {"format": FORMAT, "config": settings, "stage": "", "epoch": 0, "metrics": []}
         if (folder / "checkpoint.pt").exists():
             self.state = load_checkpoint(folder / "checkpoint.pt")
@@ -526,7 +549,6 @@ class Run:
                                      f"{value}; choose another --out or delete the folder")
         else:
             try:
-                folder.mkdir(parents=True, exist_ok=True)
                 (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
             except OSError as error:
                 raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,119 @@
+"""What must not be lost: kills at any moment, a full disk, two trainings in one folder."""
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_ladmim import QUICK, command, errors_of, make_photos, same
+
+import ladmim
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
+EPOCHS = ("--hvq-epochs", "25", "--mim-epochs", "25")
+
+# Imports once, then forks a training for each kill: starting Python and torch anew would be most of the test.
+KILLER = """
+import json, os, random, signal, sys, time
+sys.path.insert(0, {root!r})
+import ladmim
+ladmim.fit.__defaults__ = (*ladmim.fit.__defaults__[:-1], 0.0)                    # a checkpoint every epoch
+
+def start(out):
+    child = os.fork()
+    if child:
+        return child
+    sys.argv = ["ladmim.py", "train", "--data", "photos", "--category", "widgets", *{settings!r}, "--out", out]
+    os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(2, 1)
+    os._exit(ladmim.main())
+
+began = time.monotonic()
+assert os.waitpid(start("whole"), 0)[1] == 0
+length, chance, kills, runs, moments = time.monotonic() - began, random.Random(0), 0, 0, []
+child = start("killed0")
+while kills < {kills}:
+    end, done = time.monotonic() + chance.uniform(0.02, 0.3) * length, 0
+    while time.monotonic() < end and not done:
+        done, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.0005)
+    if done:
+        assert status == 0, status
+        runs += 1
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+        folder = f"killed{{runs}}"
+        moments.append(sorted(os.listdir(folder)) if os.path.isdir(folder) else [])
+    child = start(f"killed{{runs}}")
+assert os.waitpid(child, 0)[1] == 0
+print(json.dumps([runs + 1, moments]))
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("trust") / "photos").parent
+
+
+def test_twenty_kills_at_random_moments_change_no_bit(photos):
+    script = KILLER.format(root=str(ladmim.HERE), settings=[*QUICK, *EPOCHS], kills=20)
+    done = subprocess.run([sys.executable, "-c", script], cwd=photos, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = (photos / "log").read_text()
+    assert done.returncode == 0, done.stderr + log
+    assert "error:" not in log and "Traceback" not in log
+    runs, moments = json.loads(done.stdout)
+    assert len(moments) == 20 and sum("checkpoint.pt" in found for found in moments) >= 5
+    whole = torch.load(photos / "whole" / "checkpoint.pt", weights_only=True)
+    for i in range(runs):
+        killed = torch.load(photos / f"killed{i}" / "checkpoint.pt", weights_only=True)
+        for part in ("hvq", "mim", "mean", "std", "calibration"):
+            assert same(whole[part], killed[part]), (i, part)
+        assert (photos / "whole" / "scores.csv").read_text() == (photos / f"killed{i}" / "scores.csv").read_text()
+
+
+def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(photos, tmp_path, monkeypatch):
+    """The system refuses to let a file grow past a limit, as it refuses on a full disk."""
+    out = tmp_path / "run"
+    args = ("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", out)
+    real, states = ladmim.Run.save, []
+
+    def save(run, **news):
+        if news["stage"] == "mim":
+            states.append((out / "checkpoint.pt").read_bytes())
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+            try:
+                real(run, **news)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        else:
+            real(run, **news)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ladmim.Run, "save", save)
+        result = command(*args, cwd=photos)
+    assert result.returncode == 2 and len(errors_of(result)) == 1 and "could not be saved" in result.stderr
+    assert (out / "checkpoint.pt").read_bytes() == states[0]
+    assert not (out / "checkpoint.pt.new").exists()
+    assert command(*args, cwd=photos).returncode == 0                             # and goes on from there
+
+
+def test_the_second_training_in_a_folder_refuses_and_a_dead_one_does_not_block(photos, tmp_path):
+    out = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ladmim.HERE)!r}); import ladmim; "
+                               f"from pathlib import Path; held = ladmim.lock(Path({str(out)!r})); print('held', flush=True); "
+                               "sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    args = ("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", out)
+    second = command(*args, cwd=photos)
+    assert second.returncode == 2 and errors_of(second) == [f"error: {out}: another process is training in it; wait until it "
+                                                            "ends or choose another --out"]
+    assert not (out / "checkpoint.pt").exists()
+    holder.kill()
+    holder.communicate()
+    assert command(*args, cwd=photos).returncode == 0
