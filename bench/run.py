@@ -189,15 +189,16 @@ def histogram_rows(device: str, shapes: list, seconds: float, ceiling: dict) -> 
             functions = {}
             for name, variant in variants.items():
                 def forward(variant=variant):
-                    return variant(logits, codes, mask)
+                    with torch.no_grad():
+                        return variant(logits, codes, mask)
 
-                def both(forward=forward):
-                    return torch.autograd.grad(forward().sum(), logits)
+                def both(variant=variant):
+                    return torch.autograd.grad(variant(logits, codes, mask).sum(), logits)
 
-                loss = forward().sum()
+                loss = variant(logits, codes, mask).sum()
                 functions[name] = {"forward": forward, "both": both, "backward": lambda loss=loss: torch.autograd.grad(
                     loss, logits, retain_graph=True)}[mode]
-            moved = logits.numel() * 4 * {"forward": 1, "backward": 2, "both": 3}[mode] + codes.numel() * 2 + mask.numel()
+            moved = logits.numel() * 4 * {"forward": 1, "backward": 2, "both": 4}[mode] + codes.numel() * 2 + mask.numel()
             kernel = {"kernel": "histogram_l1", "shape": f"B={B} M={M}", "mode": mode}
             finish(rows, kernel, measure(functions, device, seconds), 0.0, moved, ceiling)
         print(f"  histogram {kernel['shape']}", file=sys.stderr)
@@ -305,8 +306,8 @@ def compile_for(arch: int, K: int = CODES, D: int = PAPER[2]) -> list:
     nearest, histogram = MODULES["nearest_code"], MODULES["histogram_l1"]
     sizes, rows = nearest.tile_sizes(K, D), []
     for kernel, constants in ((nearest._prepare, sizes | nearest.PREPARE), (nearest._scan, sizes | nearest.SCAN),
-                              (nearest._redo, sizes | nearest.REDO), (histogram._forward, histogram.tile_sizes(K)),
-                              (histogram._backward, histogram.tile_sizes(K))):
+                              (nearest._redo, sizes | nearest.REDO),
+                              (histogram._rows, histogram.tile_sizes(K) | {"DIFFERENTIATE": True})):
         constants = dict(constants)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
         signature = {name: "constexpr" if name in constants else "i32" if name in NUMBERS else POINTERS.get(name, "*fp32")
@@ -376,7 +377,7 @@ def predict(compiled: list) -> list:
                          "from": max(pipes) + 3 * LAUNCH, "to": sum(pipes) + 3 * LAUNCH + redo, "plain": plain,
                          "busiest": ("tensor cores", "schedulers", "memory")[pipes.index(max(pipes))]})
         for B, M in ((32, 1), (16, 64)):
-            for mode, passes, plain_passes, launches, plain_launches in (("forward", 1, 9, 1, 10), ("both", 3, 19, 2, 22)):
+            for mode, passes, plain_passes, launches, plain_launches in (("forward", 1, 9, 1, 10), ("both", 4, 19, 2, 22)):
                 size = B * M * LEVELS * CODES * 4 / bandwidth
                 rows.append({"GPU": gpu, "kernel": f"histogram_l1 {mode}", "shape": f"B={B} M={M}",
                              "from": passes * size + launches * LAUNCH, "to": 2 * passes * size + launches * LAUNCH,
@@ -428,7 +429,7 @@ def tables(results: dict) -> str:
 def plot(results: dict, path: Path):
     """A bar a row of measurements: how many times the fastest plain version's speed."""
     rows = [row for row in results["kernels"] if row["variant"] == "kernels" and row["ratio"] == row["ratio"]]
-    width, line, left, top = 900, 26, 330, 60
+    width, line, left, top = 960, 26, 390, 60
     image = Image.new("RGB", (width, top + line * len(rows) + 20), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     unit = (width - left - 70) / max([1.0, *(row["ratio"] for row in rows)])

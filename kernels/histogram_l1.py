@@ -7,8 +7,9 @@ What moves through memory (a row is one image, mask and level; K = 512 codes, N 
   naive    scatter_add needs the codes as 64-bit indices and a weight for each (7) and a zeroed histogram to add to (6);
            softmax, division, difference, absolute value and sum pass over K numbers each (18). Backward: 20 more.
   here     logits are read once (2), codes (1.2) and mask (0.6) come from cache, as all masks of an image share the codes.
-           The histogram lives in shared memory. Backward reads the logits again and writes their gradient (4).
-  floor    the logits themselves: 2 kB forward, 4 kB backward, 2 and 4 ns a row at 1 TB/s. Below some ten thousand rows
+           The histogram lives in shared memory. Where a gradient is wanted, the same pass writes P (s - sum_k P_k s_k) (2)
+           and backward only scales it by the gradient that arrives (4).
+  floor    the logits themselves: 2 kB a row forward, 8 kB with backward: 2 and 8 ns at 1 TB/s. Below some ten thousand rows
            a launch costs more than that, so one launch instead of a dozen is what counts.
 """
 
@@ -33,7 +34,7 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     if not logits.is_floating_point() or codes.is_floating_point() or mask.dtype != torch.bool:
         raise TypeError("histogram_l1 needs floating-point logits, integer codes and a bool mask, got "
                         f"{logits.dtype}, {codes.dtype}, {mask.dtype}")
-    return _histogram_l1(logits, codes, mask)[0]
+    return _histogram_l1(logits, codes, mask, logits.requires_grad and torch.is_grad_enabled())[0]
 
 
 def histogram_l1_reference(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -45,92 +46,70 @@ def histogram_l1_reference(logits: torch.Tensor, codes: torch.Tensor, mask: torc
     return (logits.softmax(-1) - Q).abs().sum(-1)
 
 
-# ---- custom operators: forward also returns log sum exp(logits) and sum_k P_k s_k, so that backward reduces nothing
+# ---- custom operator: returns the loss (B, M, L) and, if asked to, d loss / d logits (B, M, L, K), otherwise nothing there
 
 @torch.library.custom_op("ladmim::histogram_l1", mutates_args=())
-def _histogram_l1(logits: torch.Tensor, codes: torch.Tensor,
-                  mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor,
+                  differentiate: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if use_triton(logits) and logits.dtype != torch.float64:
-        return _triton_forward(logits, codes, mask)
-    P, lse, sign, Q = _torch_parts(logits, codes, mask)
-    return (P - Q).abs_().sum(-1), lse, (P * sign).sum(-1)
+        return _triton_path(logits.contiguous(), codes.contiguous(), mask.contiguous(), differentiate)
+    return _torch_path(logits, codes, mask, differentiate)
 
 
 @_histogram_l1.register_fake
-def _(logits, codes, mask):
-    return tuple(logits.new_empty(logits.shape[:3], dtype=_accumulator(logits)) for _ in range(3))
-
-
-@torch.library.custom_op("ladmim::histogram_l1_backward", mutates_args=())
-def _histogram_l1_backward(grad: torch.Tensor, logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor,
-                           lse: torch.Tensor, dot: torch.Tensor) -> torch.Tensor:
-    if use_triton(logits) and logits.dtype != torch.float64:
-        return _triton_backward(grad, logits, codes, mask, lse, dot)
-    P, _, sign, _ = _torch_parts(logits, codes, mask)
-    return (grad[..., None] * P * (sign - dot[..., None])).to(logits.dtype)
-
-
-@_histogram_l1_backward.register_fake
-def _(grad, logits, codes, mask, lse, dot):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _outputs(logits, codes, mask, differentiate):
+    shape, dtype = logits.shape, torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(shape[:3], dtype=dtype), logits.new_empty(shape if differentiate else (0,), dtype=dtype)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.dtype = inputs[0].dtype
+    ctx.save_for_backward(output[1])
 
 
-def _gradient(ctx, grad, grad_lse, grad_dot):
-    return _histogram_l1_backward(grad, *ctx.saved_tensors), None, None
+def _gradient(ctx, grad, _):
+    return (grad[..., None] * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
 
 
 _histogram_l1.register_autograd(_gradient, setup_context=_save)
 
 
-def _accumulator(logits: torch.Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 # ---- torch
 
-def _torch_parts(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """-> P (B, M, L, K), log sum exp (B, M, L), sign(P - Q) and Q (B, M, L, K)."""
-    B, M, L, K = logits.shape
-    index, mask = codes.long(), mask.expand(B, M, -1)
-    valid = (index >= 0) & (index < K)  # (B, L, N)
-    count = mask.sum(-1)[:, :, None, None]
+def _torch_path(logits, codes, mask, differentiate):
+    (B, M, L, K), dtype = logits.shape, torch.float64 if logits.dtype == torch.float64 else torch.float32
+    index, mask, wrong = codes.long(), mask.expand(B, M, -1), None
     if logits.device.type == "cpu":
-        if not count.all():
+        if not mask.any(-1).all():
             raise ValueError("histogram_l1: a mask has no token")
-        if not valid.all():
-            raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got {int(index.min())}..{int(index.max())}")
-    wrong = (mask[:, :, None] & ~valid[:, None]).any(-1, keepdim=True)
-    logits = logits.to(_accumulator(logits))
-    index = index.clamp(0, K - 1)[:, None].expand(B, M, L, -1)
-    chosen = mask[:, :, None].expand(index.shape).to(logits.dtype)
-    Q = torch.zeros_like(logits, memory_format=torch.contiguous_format).scatter_add_(3, index, chosen)
-    Q = (Q / count).masked_fill_(wrong, torch.nan)
-    P = logits.softmax(-1)
-    return P, logits.logsumexp(-1), (P - Q).sign_(), Q
+        if codes.numel() and not (0 <= codes.min() and codes.max() < K):
+            raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got {int(codes.min())}..{int(codes.max())}")
+    else:  # a GPU that is too old for the kernel
+        valid = (index >= 0) & (index < K)  # (B, L, N)
+        index, wrong = index.clamp(0, K - 1), (mask[:, :, None] & ~valid[:, None]).any(-1, keepdim=True)
+    Q = torch.zeros((B, M, L, K), dtype=dtype, device=logits.device)
+    Q.scatter_add_(3, index[:, None].expand(B, M, L, -1), mask[:, :, None].to(dtype).expand(B, M, L, -1))
+    Q /= mask.sum(-1)[:, :, None, None]  # NaN where a mask has no token
+    if wrong is not None:
+        Q.masked_fill_(wrong, torch.nan)
+    P = logits.softmax(-1, dtype=dtype)
+    difference = torch.sub(P, Q, out=Q)
+    if not differentiate:
+        return difference.abs_().sum(-1), P.new_empty(0)
+    loss, sign = difference.abs().sum(-1), difference.sign_()
+    sign -= (P * sign).sum(-1, keepdim=True)
+    return loss, P.mul_(sign)
 
 
 # ---- Triton: one program a row
 
-def _triton_forward(logits, codes, mask):
-    logits, codes, mask = logits.contiguous(), codes.contiguous(), mask.contiguous()
-    loss, lse, dot = (logits.new_empty(logits.shape[:3], dtype=torch.float32) for _ in range(3))
+def _triton_path(logits, codes, mask, differentiate):
+    loss, gradient = _outputs(logits, codes, mask, differentiate)
     if loss.numel():
         with on_device(logits):
-            _forward[(loss.numel(),)](logits, codes, mask, loss, lse, dot, **_sizes(logits, codes, mask))
-    return loss, lse, dot
-
-
-def _triton_backward(grad, logits, codes, mask, lse, dot):
-    grad, logits, codes, mask = grad.contiguous(), logits.contiguous(), codes.contiguous(), mask.contiguous()
-    out = torch.empty_like(logits)
-    if lse.numel():
-        with on_device(logits):
-            _backward[(lse.numel(),)](grad, logits, codes, mask, lse, dot, out, **_sizes(logits, codes, mask))
-    return out
+            _rows[(loss.numel(),)](logits, codes, mask, loss, gradient, **_sizes(logits, codes, mask),
+                                   DIFFERENTIATE=differentiate)
+    return loss, gradient
 
 
 def _sizes(logits, codes, mask) -> dict[str, int]:
@@ -173,7 +152,22 @@ def _histogram(codes, mask, first, N, BLOCK_N: tl.constexpr, BLOCK_K: tl.constex
 
 
 @jit
-def _forward(logits, codes, mask, loss, lse, dot, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _difference(logits, codes, mask, share, log_sum, first, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """P and P - Q of the codes first .. first + BLOCK_K - 1, both 0 beyond K."""
+    k = first + tl.arange(0, BLOCK_K)
+    P = tl.exp(tl.load(logits + k, k < K, float("-inf")).to(tl.float32) - log_sum)
+    difference = P - _histogram(codes, mask, first, N, BLOCK_N, BLOCK_K) * share
+    return P, tl.where(k < K, difference, 0.0)
+
+
+@jit
+def _sign(difference):
+    return tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))  # keeps NaN
+
+
+@jit
+def _rows(logits, codes, mask, loss, gradient, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+          DIFFERENTIATE: tl.constexpr):
     row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
     codes, mask, share = _count(codes, mask, row, M, L, N, K, MASK_B, BLOCK_N)
     logits += row * K
@@ -189,27 +183,12 @@ def _forward(logits, codes, mask, loss, lse, dot, M, L, N, K, MASK_B, BLOCK_N: t
     log_sum = top + tl.log(tl.sum(total, 0))
     distance, signed = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for first in range(0, K, BLOCK_K):
-        x = tl.load(logits + first + k, first + k < K, float("-inf")).to(tl.float32)
-        P = tl.exp(x - log_sum)
-        difference = P - _histogram(codes, mask, first, N, BLOCK_N, BLOCK_K) * share
-        difference = tl.where(first + k < K, difference, 0.0)
+        P, difference = _difference(logits, codes, mask, share, log_sum, first, N, K, BLOCK_N, BLOCK_K)
         distance += tl.abs(difference)
-        signed += tl.where(difference > 0, P, tl.where(difference < 0, -P, difference))  # keeps NaN
+        signed += P * _sign(difference)
     tl.store(loss + row, tl.sum(distance, 0))
-    tl.store(lse + row, log_sum)
-    tl.store(dot + row, tl.sum(signed, 0))
-
-
-@jit
-def _backward(grad, logits, codes, mask, lse, dot, out, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr,
-              BLOCK_K: tl.constexpr):
-    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
-    codes, mask, share = _count(codes, mask, row, M, L, N, K, MASK_B, BLOCK_N)
-    g, log_sum, mean = tl.load(grad + row), tl.load(lse + row), tl.load(dot + row)
-    for first in range(0, K, BLOCK_K):
-        inside = first + k < K
-        x = tl.load(logits + row * K + first + k, inside, float("-inf")).to(tl.float32)
-        P = tl.exp(x - log_sum)
-        difference = P - _histogram(codes, mask, first, N, BLOCK_N, BLOCK_K) * share
-        sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
-        tl.store(out + row * K + first + k, g * P * (sign - mean), inside)
+    if DIFFERENTIATE:
+        mean = tl.sum(signed, 0)
+        for first in range(0, K, BLOCK_K):
+            P, difference = _difference(logits, codes, mask, share, log_sum, first, N, K, BLOCK_N, BLOCK_K)
+            tl.store(gradient + row * K + first + k, P * (_sign(difference) - mean), first + k < K)

@@ -353,7 +353,8 @@ def test_wrong_histogram_arguments(change, error):
 def test_operators_are_well_behaved():
     torch.library.opcheck(_nearest_code, (normal(9, 5).to(DEVICE), normal(7, 5).to(DEVICE)))
     logits, codes, mask = (t.to(DEVICE) for t in draw(1, 2, 2, 5, 8))
-    torch.library.opcheck(_histogram_l1, (logits.requires_grad_(), codes, mask))
+    torch.library.opcheck(_histogram_l1, (logits, codes, mask, False))
+    torch.library.opcheck(_histogram_l1, (logits.requires_grad_(), codes, mask, True))
 
 
 def test_under_torch_compile():
