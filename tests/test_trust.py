@@ -12,7 +12,7 @@ from test_ladmim import QUICK, command, errors_of, make_photos, same
 import ladmim
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
-EPOCHS = ("--hvq-epochs", "25", "--mim-epochs", "25")
+EPOCHS = ("--hvq-epochs", "10", "--mim-epochs", "10")
 
 # Imports once, then forks a training for each kill: starting Python and torch anew would be most of the test.
 KILLER = """
