@@ -3,10 +3,12 @@
     python eval.py                          every run under runs/
     python eval.py RUN_OR_FOLDER ...        these only
     python eval.py --standardise test       reproduces the leak of the published code, and says so
+    python eval.py --localise               where, too: pixel AUROC, AUPRO, sPRO against the ground-truth masks
+    python eval.py RUN --maps DIR           each photo's anomaly map as a TIFF, for MVTec's own evaluation scripts
 
 Reads each run folder's config.json and scores.csv (path,split,kind,label,s_hvq,s_mim,score: one row a validation and a
-test image; the path's first part is its category). Figures are fractions in the code and the JSON, percent in the
-tables. The paper's figures are in bench/reported_results.json.
+test image; the path's first part is its category), for the last two maps.npz and the photos' ground truth. Figures are
+fractions in the code and the JSON, percent in the tables. The paper's figures are in bench/reported_results.json.
 """
 from __future__ import annotations
 
@@ -17,16 +19,19 @@ import json
 import math
 import os
 import sys
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+import data
 from data import InputError
 
 HEADER = ["path", "split", "kind", "label", "s_hvq", "s_mim", "score"]
 CONFIG = {"data": str, "rendered": bool, "category": str, "preset": str, "seed": int, "commit": str}
-NOT_SETTINGS = {*CONFIG, "device", "torch"}         # every other key of config.json is a setting of model or training
+NOT_SETTINGS = {*CONFIG, "root", "device", "torch"}         # every other key of config.json is a setting of model or training
 LOCO_KINDS = {"logical_anomalies": "logical", "structural_anomalies": "structural"}
 MVTEC_AD = {"bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather", "metal_nut", "pill", "screw", "tile",
             "toothbrush", "transistor", "wood", "zipper"}
@@ -63,6 +68,102 @@ def auroc(labels, scores) -> float:
     rank = np.cumsum(count) - (count - 1) / 2       # of each distinct value, from 1; ties share the mean of their ranks
     u = rank[value.ravel()][positive].sum() - n1 * (n1 + 1) / 2
     return float(u / (n1 * n0))
+
+
+# Localisation: how well a map of anomaly scores finds the defects' pixels
+
+MAPS = {"structural": "structural map", "logical": "logical map", "sum": "their sum"}
+SPRO_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
+
+
+def place(tokens, image_size: int, height: int, width: int) -> np.ndarray:
+    """tokens (g, g), one value a token of a photo that was squashed to image_size pixels a side -> (height, width) float32
+    of the photo itself, bilinear. A token's centre is where the backbone looked: its position i sees pixels 4i to 4i + 32.
+    Beyond the outermost centres the outermost values hold."""
+    grid = len(tokens)
+    step = (image_size - 29) // 4 // grid            # positions a token
+    rows, columns = (((np.arange(n) + 0.5) * image_size / n - 16.5 - 2 * (step - 1)) / (4 * step) for n in (height, width))
+    weight = [np.maximum(0, 1 - np.abs(np.clip(at, 0, grid - 1)[:, None] - np.arange(grid))) for at in (rows, columns)]
+    return (weight[0] @ np.asarray(tokens, np.float64) @ weight[1].T).astype(np.float32)
+
+
+def components(mask) -> list[np.ndarray]:
+    """mask (H, W) bool -> each 8-connected region as a bool mask, by union of the runs of neighbouring rows."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    (row, start), end = np.nonzero(edges == 1), np.nonzero(edges == -1)[1]       # runs, row by row
+    parent = list(range(len(row)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first = np.searchsorted(row, np.arange(len(mask) + 1))                        # of each row's runs
+    for y in range(1, len(mask)):
+        above, here = first[y - 1], first[y]
+        while above < first[y] and here < first[y + 1]:
+            if start[above] <= end[here] and start[here] <= end[above]:           # they touch, corners included
+                parent[root(above)] = root(here)
+            if end[above] < end[here]:
+                above += 1
+            else:
+                here += 1
+    found = {}
+    for i in range(len(row)):
+        found.setdefault(root(i), np.zeros_like(mask))[row[i], start[i]:end[i]] = True
+    return list(found.values())
+
+
+def localisation(photos) -> dict[str, float]:
+    """How well maps find defects: pixel AUROC; AUPRO, the mean overlap of the connected regions of the masks up to a false
+    positive rate of 0.3, divided by 0.3 (MVTec AD); sPRO, the mean saturated overlap of the ground-truth channels, likewise
+    up to each of SPRO_LIMITS (MVTec LOCO). A pixel is predicted where its score is strictly above the threshold; false
+    positives are counted over the defect-free pixels of all photos.
+
+    photos() -> an iterator over (map (H, W), [(mask (H, W) bool, saturation area in pixels)]); called twice, so that memory
+    is bounded by the defects' pixels and one photo. Exact, O(n log n): every score is a threshold. Raises InputError where
+    there are no defects or no defect-free pixels.
+
+    With regions r of n_r pixels above a threshold, a curve is mean_r min(n_r / saturation_r, 1) over the false positive rate.
+    It is a sum of ramps, one a defect pixel: from the rate just above the pixel's score to the rate just below it.
+    """
+    regions, pixels, parts = [], [], []              # (scores of a channel's pixels, saturation area); of defects; of components
+    for scores, channels in photos():
+        defect = np.zeros(scores.shape, bool)
+        for mask, saturation in channels:
+            regions.append((scores[mask], saturation))
+            defect |= mask
+        pixels.append(scores[defect])
+        parts += [(scores[part], part.sum()) for part in components(defect)]
+    values = np.unique(np.concatenate(pixels)) if pixels else np.empty(0)        # (U,) every score of a defect's pixel
+    if not len(values):
+        raise InputError("localisation needs photos with ground-truth masks")
+    below, equal = np.zeros(len(values) + 1, np.int64), np.zeros(len(values), np.int64)
+    for scores, channels in photos():
+        normal = scores[~np.logical_or.reduce([mask for mask, _ in channels])] if channels else scores.ravel()
+        at = np.searchsorted(values, normal)         # values[at - 1] < normal <= values[at]
+        below += np.bincount(at, minlength=len(values) + 1)
+        same = at[values[np.minimum(at, len(values) - 1)] == normal]
+        equal += np.bincount(same[same < len(values)], minlength=len(values))
+    total = below.sum()
+    if not total:
+        raise InputError("localisation needs defect-free pixels")
+    above = (total - below.cumsum()[:-1]) / total    # (U,) false positive rate just above each value
+    beside = above + equal / total                   # and just below it
+
+    def area(curves, limit):
+        """Area under the mean of the curves up to a false positive rate, divided by it."""
+        height = np.zeros(len(values))               # of each value's ramp
+        for scores, saturation in curves:
+            at, count = np.unique(np.searchsorted(values, scores), return_counts=True)
+            reached = np.minimum(np.cumsum(count[::-1]) / saturation, 1)          # from the highest score down
+            height[at[::-1]] += np.diff(reached, prepend=0) / len(curves)
+        ramp = np.where(beside <= limit, limit - (above + beside) / 2,
+                        np.maximum(limit - above, 0) ** 2 / (2 * np.maximum(beside - above, 1e-300)))
+        return float(height @ ramp / limit)
+
+    return {"pixel AUROC": area([(np.concatenate(pixels), sum(map(len, pixels)))], 1.0), "AUPRO": area(parts, 0.3),
+            **{f"sPRO {limit:g}": area(regions, limit) for limit in SPRO_LIMITS}}
 
 
 # Reading runs
@@ -189,6 +290,95 @@ def evaluate(run: Run, category: str, over: str = "validation") -> dict:
         if {"logical", "structural"} <= groups.keys():
             record[detector]["average"] = (record[detector]["logical"] + record[detector]["structural"]) / 2
     return record
+
+
+def read_maps(run: Run) -> dict[str, dict[str, np.ndarray]]:
+    """maps.npz: each photo's path in scores.csv -> {"structural", "logical", "sum"}: (g, g), in standard deviations of the
+    validation normals."""
+    file = run.folder / "maps.npz"
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            paths, maps = found["path"].tolist(), found["maps"]                   # (n,), (n, 2, g, g)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{file}: missing or damaged, so nothing can be localised; train the run again") from None
+    return {path: {"structural": a, "logical": b, "sum": a + b} for path, (a, b) in zip(paths, maps)}
+
+
+def test_photos(run: Run, category: str) -> tuple[Path, list[data.Photo]]:
+    """The data set's folder and the test photos of a category that the run scored."""
+    root = Path(run.config.get("root", ""))
+    if not (run.config.get("root") and (root / category).is_dir()):
+        raise InputError(f"{run.folder}: its photos are no longer at {root / category}, so {category} is not localised")
+    maps = read_maps(run)
+    return root, [photo for photo in data.find_photos(root, category, run.config["seed"])
+                  if photo.split == "test" and photo.path.relative_to(root).as_posix() in maps]
+
+
+def photo_size(photo: data.Photo) -> tuple[int, int]:
+    """Height and width."""
+    return data.open_image(photo.path).size[::-1]
+
+
+def localise(run: Run, category: str) -> dict:
+    """-> {map: {kind: `localisation`}} over each kind's test photos and the good ones. MVTec AD's classes are one kind."""
+    root, photos = test_photos(run, category)
+    maps, size, defects = read_maps(run), run.config["image_size"], data.load_defects(root, category)
+    if any(photo.label and not photo.masks for photo in photos):
+        raise InputError(f"{run.folder}: {category} has anomalies without ground-truth masks, so it is not localised")
+    found = {}
+    for name, kinds in anomaly_groups([photo.kind for photo in photos]).items():
+        for part in MAPS if name in (ANY, *LOCO_KINDS.values()) else ():
+            def stream(kinds=kinds, part=part):
+                for photo in photos:
+                    if photo.kind in ("good", *kinds):
+                        yield (place(maps[photo.path.relative_to(root).as_posix()][part], size, *photo_size(photo)),
+                               data.load_regions(photo, defects))
+            found.setdefault(part, {})[name] = localisation(stream)
+    return found
+
+
+def localisation_tables(runs: list[Path]) -> tuple[list[tuple], list[str]]:
+    """A table a data set: pixel AUROC, AUPRO and sPRO at 5 % a category, map and kind, mean and std over seeds."""
+    groups, problems = {}, []
+    for folder in runs:
+        try:
+            run = read_run(folder)
+            for category in sorted(set(run.category.tolist())):
+                for part, kinds in localise(run, category).items():
+                    for kind, figures in kinds.items():
+                        key = data_title(run.config), category, run.config["preset"], run.config["commit"], part, kind
+                        groups.setdefault(key, {})[run.config["seed"]] = figures
+        except InputError as error:
+            problems.append(str(error))
+    tables, names = {}, ("pixel AUROC", "AUPRO", "sPRO 0.05")
+    for (title, category, preset, commit, part, kind), seeds in sorted(groups.items()):
+        figures = [[found[name] for found in seeds.values()] for name in names]
+        cells = [Spread(float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else None, len(v)) for v in figures]
+        tables.setdefault(title, []).append([category, preset, commit, str(len(seeds)), kind, MAPS[part], *cells])
+    header = ["category", "preset", "commit", "seeds", "kind", "map", "pixel AUROC", "AUPRO to 30 % FPR", "sPRO to 5 % FPR"]
+    return [(f"{title}: localisation %", header, rows) for title, rows in tables.items()], problems
+
+
+def write_maps(runs: list[Path], folder: Path) -> None:
+    """folder/CATEGORY/test/KIND/NAME.tiff, float32, at the photo's size: what MVTec's evaluation scripts read."""
+    written = set()
+    for path in runs:
+        run = read_run(path)
+        for category in sorted(set(run.category.tolist())):
+            if category in written:
+                raise InputError(f"--maps {folder}: two runs of {category}; name one run")
+            written.add(category)
+            root, photos = test_photos(run, category)
+            maps = read_maps(run)
+            for photo in photos:
+                relative = photo.path.relative_to(root)
+                found = place(maps[relative.as_posix()]["sum"], run.config["image_size"], *photo_size(photo))
+                out = folder / category / "test" / photo.kind / f"{relative.stem}.tiff"
+                try:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(found).save(out)
+                except OSError as error:
+                    raise InputError(f"--maps {folder}: cannot be written ({error.strerror}); name another folder") from None
 
 
 def evaluate_runs(folders: list[Path], over: str = "validation") -> tuple[list[dict], list[str]]:
@@ -424,6 +614,8 @@ def parse(argv):
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
     parser.add_argument("--standardise", choices=("validation", "test"), default="validation",
                         help="split that standardises the scores; test leaks, and every table says so")
+    parser.add_argument("--localise", action="store_true", help="pixel AUROC, AUPRO and sPRO as well, some seconds a run")
+    parser.add_argument("--maps", type=Path, metavar="DIR", help="write each test photo's anomaly map there, as a TIFF")
     parser.add_argument("--json", type=Path, help="default: eval.json in the folder of runs")
     parser.error = refuse                           # one line and exit code 2, like every other error
     return parser.parse_args(argv)
@@ -439,6 +631,11 @@ def main(argv=None) -> int:
         records, problems = evaluate_runs(folders, args.standardise)
         records, repeats = tell_apart(records)
         problems, tables = problems + repeats, all_tables(records)
+        if args.localise:
+            more, failed = localisation_tables([Path(record["run"]) for record in records])
+            tables, problems = tables + more, problems + failed
+        if args.maps:
+            write_maps(folders, args.maps)
         banner = LEAKS if args.standardise == "test" else ""
         write_json(args.json or args.runs / "eval.json", {
             "standardise": args.standardise, "problems": problems, "records": records,

@@ -542,7 +542,7 @@ class Run:
         self.state = {"format": FORMAT, "config": settings, "stage": "", "epoch": 0, "metrics": []}
         if (folder / "checkpoint.pt").exists():
             self.state = load_checkpoint(folder / "checkpoint.pt")
-            about = ("commit", "device", "torch")    # may differ between the sittings of one run
+            about = ("root", "commit", "device", "torch")                         # may differ between the sittings of one run
             for name, value in settings.items():
                 if name not in about and self.state["config"].get(name) != value:
                     raise InputError(f"{folder}: holds a run with {name} = {self.state['config'].get(name)}, asked for "
@@ -840,7 +840,7 @@ def train(args) -> int:
     mean, std = channel_statistics(features, n)
 
     category = args.category if args.category == "all" else ",".join(names)
-    settings = {"data": root.resolve().name, "rendered": rendered, "category": category, "preset": args.preset,
+    settings = {"data": root.resolve().name, "root": str(root.resolve()), "rendered": rendered, "category": category, "preset": args.preset,
                 "seed": args.seed, "commit": git_commit(), "device": device.type, "torch": str(torch.__version__),
                 **dataclasses.asdict(cfg)}
     run = Run(Path(args.out or f"runs/{settings['data']}/{category}-{args.preset}-seed{args.seed}"), settings)
@@ -871,7 +871,7 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
     """Scores the photos, calibrates each category on its own normals, writes scores.csv and the final checkpoint."""
     began, masks, rows = time.monotonic(), scoring_masks(cfg, run.seed, device), []
     calibrated = "calibrated" in (cfg.hvq_score, cfg.mim_score)
-    index = torch.tensor([i for i, photo in enumerate(photos) if calibrated or photo.split != "train"])
+    maps, index = [], torch.tensor([i for i, photo in enumerate(photos) if calibrated or photo.split != "train"])
     error, l1 = all_errors(hvq, mim, cfg, h0, index, masks)
     scored = [photos[i] for i in index]
     run.state["calibration"] = {}
@@ -881,7 +881,8 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
                                      for splits in (("train",), ("validation",), ("validation", "test")))
         normal = {"tokens": normal_statistics(error[train]), "masks": normal_statistics(l1[train])} if calibrated else {}
         found = calibrate(*detect(cfg, error[validation], l1[validation], masks.cpu(), normal))
-        s_hvq, s_mim, *_ = detect(cfg, error[tested], l1[tested], masks.cpu(), normal)
+        s_hvq, s_mim, *where = detect(cfg, error[tested], l1[tested], masks.cpu(), normal)
+        maps += zip(*((part - found[key][0]) / found[key][1] for part, key in zip(where, ("hvq_map", "mim_map"))))
         for i, *scores in zip(tested, s_hvq, s_mim, combine(found, s_hvq.double(), s_mim.double())):
             photo = scored[i]
             rows.append([photo.path.relative_to(root).as_posix(), photo.split, photo.kind, photo.label,
@@ -889,6 +890,10 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
         run.state["calibration"][name] = found | normal
     table = io.StringIO(newline="")
     csv.writer(table).writerows([["path", "split", "kind", "label", "s_hvq", "s_mim", "score"], *rows])
+    maps = np.array([torch.stack(pair).numpy() for pair in maps], np.float32).reshape(-1, 2, cfg.grid, cfg.grid)
+    content = io.BytesIO()                           # each photo's structural and logical map, for eval.py
+    np.savez_compressed(content, path=np.array([row[0] for row in rows]), maps=maps)
+    write_whole(run.folder / "maps.npz", content.getvalue())
     write_whole(run.folder / "scores.csv", table.getvalue().encode("utf-8", "surrogateescape"))
     run.log(stage="score", photos=len(index), seconds=round(time.monotonic() - began, 3))
     run.save(stage="done", optimizer=None)
@@ -972,7 +977,7 @@ def predict(args) -> int:
             print(json.dumps(detail) if args.json else
                   f"{verdict:7} {total:8.2f}  (structural {hvq:.2f}, logical {mim:.2f})  {path}")
             if args.heatmap:
-                draw_heat(path, heat, detector.cfg.grid).save(Path(args.heatmap) / f"{name}.png")
+                draw_heat(path, heat, detector.cfg).save(Path(args.heatmap) / f"{name}.png")
         batch.clear()
 
     for path, name, image in zip(paths, names, data.load_images(paths, detector.cfg.image_size)):
@@ -988,12 +993,12 @@ def predict(args) -> int:
     return 1 if bad else 0
 
 
-def draw_heat(path: Path, heat: np.ndarray, grid: int) -> Image.Image:
+def draw_heat(path: Path, heat: np.ndarray, cfg: Config) -> Image.Image:
     """The photo with what is unlike the validation normals in red: clear from 3 standard deviations, full from 12."""
     photo = data.open_image(path)
     photo.thumbnail((1024, 1024))
-    glow = Image.fromarray((np.clip((heat.reshape(grid, grid) - 3) / 9, 0, 1) * 180).astype(np.uint8))
-    glow = glow.resize(photo.size, Image.Resampling.BICUBIC)
+    heat = evaluation.place(heat.reshape(cfg.grid, cfg.grid), cfg.image_size, photo.height, photo.width)
+    glow = Image.fromarray((np.clip((heat - 3) / 9, 0, 1) * 180).astype(np.uint8))
     return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
 
 
