@@ -127,7 +127,7 @@ def localisation(photos) -> dict[str, float]:
     With regions r of n_r pixels above a threshold, a curve is mean_r min(n_r / saturation_r, 1) over the false positive rate.
     It is a sum of ramps, one a defect pixel: from the rate just above the pixel's score to the rate just below it.
     """
-    regions, pixels, parts = [], [], []              # (scores of a channel's pixels, saturation area); of defects; of components
+    regions, pixels, parts = [], [], []              # scores of the channels, of all defects, of the connected regions
     for scores, channels in photos():
         defect = np.zeros(scores.shape, bool)
         for mask, saturation in channels:
