@@ -840,9 +840,9 @@ def train(args) -> int:
     mean, std = channel_statistics(features, n)
 
     category = args.category if args.category == "all" else ",".join(names)
-    settings = {"data": root.resolve().name, "root": str(root.resolve()), "rendered": rendered, "category": category, "preset": args.preset,
-                "seed": args.seed, "commit": git_commit(), "device": device.type, "torch": str(torch.__version__),
-                **dataclasses.asdict(cfg)}
+    settings = {"data": root.resolve().name, "root": str(root.resolve()), "rendered": rendered, "category": category,
+                "preset": args.preset, "seed": args.seed, "commit": git_commit(), "device": device.type,
+                "torch": str(torch.__version__), **dataclasses.asdict(cfg)}
     run = Run(Path(args.out or f"runs/{settings['data']}/{category}-{args.preset}-seed{args.seed}"), settings)
     if "mean" in run.state and not (torch.equal(run.state["mean"], mean.cpu()) and torch.equal(run.state["std"], std.cpu())):
         raise InputError(f"{run.folder}: the training photos or the backbone changed since this run began; choose another "

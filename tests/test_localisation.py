@@ -153,7 +153,8 @@ def test_the_table_and_the_tiffs_agree(run, monkeypatch, capsys):
         assert row[6:] == [f"{100 * again[figure]:.1f}" for figure in ("pixel AUROC", "AUPRO", "sPRO 0.05")]
 
 
-@pytest.mark.parametrize("damage, says", [("photos", "no longer at"), ("maps", "missing or damaged"), ("masks", "without ground")])
+@pytest.mark.parametrize("damage, says", [("photos", "no longer at"), ("maps", "missing or damaged"),
+                                          ("masks", "without g")])
 def test_what_is_missing_is_one_line(run, monkeypatch, capsys, damage, says, tmp_path):
     target = {"photos": run / "twin", "maps": run / "runs/a/maps.npz", "masks": run / "twin/juice_bottle/ground_truth"}[damage]
     target.rename(tmp_path / "away")
