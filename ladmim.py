@@ -778,6 +778,18 @@ def channel_statistics(features, n: int, batch: int = 64):
     return mean.float(), (square / count - mean.square()).clamp(min=1e-12).sqrt().float()
 
 
+def seed_list(text: str) -> list[int]:
+    """ "3", "0-4" or "0,3,7" -> the seeds."""
+    seeds = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        last = last or first
+        if not (first.isdecimal() and last.isdecimal() and len(last) < 19 and int(first) <= int(last) < int(first) + 1000):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a seed (0 or more), a range as in 0-4 or a list as in 0,3,7")
+        seeds += range(int(first), int(last) + 1)
+    return list(dict.fromkeys(seeds))
+
+
 def find_data(args) -> tuple[Path, list[str]]:
     """The folder that holds the category folders, and the categories asked for. Renders the twin where there is no
     data."""
@@ -817,18 +829,40 @@ def find_features(photos, pdn: nn.Module, cfg: Config, cache: Path, device):
 
 
 def train(args) -> int:
-    """The whole of it: photos, features, both stages, scores, table. Exit code 1 where a photo could not be read."""
+    """Every run asked for, in turn. Exit code 1 where a photo could not be read."""
     device = pick_device(args.device)
     args.preset = args.preset or ("fast" if device.type == "cuda" else "tiny")
     cfg = Config(**PRESETS[args.preset] | {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
                                            if getattr(args, f.name) is not None})
     check_settings(cfg)
-    pdn, backbone = load_pdn(cfg.pdn, args.seed)
+    load_pdn(cfg.pdn, args.seeds[0])                 # a wrong file is better named before the twin is drawn
     root, names = find_data(args)
-    photos = [photo for name in names for photo in data.find_photos(root, name, args.seed)]
+    runs = [(group, seed) for group in ([[name] for name in names] if args.separate else [names]) for seed in args.seeds]
+    if args.out and len(runs) > 1:
+        raise InputError(f"--out {args.out}: is the folder of one run, and {len(runs)} are asked for; leave it out")
+    code = max([train_run(args, cfg, root, group, seed, device, len(runs) > 1) for group, seed in runs])
+    if len(runs) > 1:
+        print(f"{len(runs)} runs are done. `python eval.py` takes those that differ in the seed alone as one row, mean ± std, and "
+              "adds the mean over the categories")
+    return code
+
+
+def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device, one_of_many: bool) -> int:
+    """One run: photos, features, both stages, scores, table. one_of_many: if it was finished before, only the table."""
+    category = "all" if args.category == "all" and not args.separate else ",".join(names)
+    rendered = any((root / name / data.RENDERED_MARK).exists() for name in names)
+    settings = {"data": root.resolve().name, "root": str(root.resolve()), "rendered": rendered, "category": category,
+                "preset": args.preset, "seed": seed, "commit": git_commit(), "device": device.type,
+                "torch": str(torch.__version__), **dataclasses.asdict(cfg)}
+    folder = Path(args.out or f"runs/{settings['data']}/{category}-{args.preset}-seed{seed}")
+    run = Run(folder, settings) if (folder / "checkpoint.pt").exists() else None
+    if run and one_of_many and run.state["stage"] == "done":
+        report(run)
+        return 0
+    pdn, backbone = load_pdn(cfg.pdn, seed)
+    photos = [photo for name in names for photo in data.find_photos(root, name, seed)]
     photos.sort(key=lambda photo: ("train", "validation", "test").index(photo.split))
     check_test_split(photos)
-    rendered = any((root / name / data.RENDERED_MARK).exists() for name in names)
     print(f"data: {root}{' (RENDERED, not photographs)' if rendered else ''}\n{data.count_table(photos)}")
     for warning in data.check_photos(photos, root):
         print(f"warning: {warning}", file=sys.stderr)
@@ -839,11 +873,7 @@ def train(args) -> int:
         features = features.to(device)
     mean, std = channel_statistics(features, n)
 
-    category = args.category if args.category == "all" else ",".join(names)
-    settings = {"data": root.resolve().name, "root": str(root.resolve()), "rendered": rendered, "category": category,
-                "preset": args.preset, "seed": args.seed, "commit": git_commit(), "device": device.type,
-                "torch": str(torch.__version__), **dataclasses.asdict(cfg)}
-    run = Run(Path(args.out or f"runs/{settings['data']}/{category}-{args.preset}-seed{args.seed}"), settings)
+    run = run or Run(folder, settings)               # no folder before the photos are known to be readable
     if "mean" in run.state and not (torch.equal(run.state["mean"], mean.cpu()) and torch.equal(run.state["std"], std.cpu())):
         raise InputError(f"{run.folder}: the training photos or the backbone changed since this run began; choose another "
                          "--out or delete the folder")
@@ -1245,10 +1275,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("train", help="train both detectors on good photos, score validation and test photos")
     p.add_argument("--category", required=True, help="a category's folder name, a comma list or all: one model for all of them")
+    p.add_argument("--separate", action="store_true", help="a run for each of these categories instead")
     p.add_argument("--data", help="the folder that holds the category folders (default: data/mvtec_loco_anomaly_detection, "
                                   "or the rendered twin where there is none)")
     p.add_argument("--preset", choices=PRESETS, help="default: fast with a GPU, tiny without")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", "--seeds", dest="seeds", type=seed_list, default=[0], metavar="SEED",
+                   help="a number, or several as in 0-4 or 0,3,7: a run for each, one after the other; finished ones are skipped. "
+                        "Runs are independent: a scheduler (xargs -P, a SLURM array) can start each with its own --category "
+                        "and --seed")
     p.add_argument("--out", help="run folder (default: runs/DATA/CATEGORY-PRESET-seedN)")
     p.add_argument("--cache", default="cache", help="folder of cached features (default: cache)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")

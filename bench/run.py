@@ -2,6 +2,7 @@
 
 With a GPU: the kernels measured. Without one: the torch paths measured, the kernels checked in Triton's interpreter and
 compiled for three GPUs, and times predicted from the compiled code. A prediction is never in a table of measurements.
+--naive instead times training and scoring the long way against ours.
 Prints Markdown tables and writes them, the numbers as JSON and a plot under bench/results/.
 """
 
@@ -253,6 +254,25 @@ def step_rows(device: str, preset: str, seconds: float) -> list:
     return rows
 
 
+def naive_rows(device: str, preset: str, size: int, seconds: float) -> list:
+    """Each step the long way (naive.py) and ours, in turns, with the same weights and photos of size x size pixels."""
+    import ladmim
+    import naive
+
+    cfg, rows = ladmim.Config(**ladmim.PRESETS[preset] | {"masks": 64}), []
+    detector = naive.make_detector(cfg, torch.device(device))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = naive.draw_photos(Path(folder), max(cfg.hvq_batch, cfg.mim_batch, 8), size)
+        for name, ways in naive.pairs(detector, paths).items():
+            detector.hvq.train("HVQ" in name), detector.mim.train("ViT" in name)
+            result = measure({way: function for way, (_, function) in ways.items()}, device, seconds)
+            each = {way: result[way]["median"] / ways[way][0] for way in result}
+            rows += [{"step": f"{name}, {preset}", "variant": way, "seconds": each[way], "photo": size, "images": ways[way][0],
+                      "ratio": each[way] / each["ours"] if "ours" in each else None, **r} for way, r in result.items()]
+            print(f"  {name}, {preset}", file=sys.stderr)
+    return rows
+
+
 # Without a GPU: interpreted, compiled, predicted
 
 def interpret() -> list:
@@ -404,8 +424,16 @@ def tables(results: dict) -> str:
               "memory": lambda r: f"{r['memory'] / 2**20:.1f} MiB"}
     speed = {"GB/s": lambda r: f"{r['bytes'] / 1e9:.1f}", "GFLOP/s": lambda r: f"{r['flops'] / 1e9:.0f}",
              "of roofline": lambda r: f"{r['roofline']:.0%}", "wrong": lambda r: r.get("wrong", "")}
-    parts = [f"Measured on {results['device']}, {results['versions']}, commit {results['commit'] or 'unknown'}. Ceilings in "
-             f"this run: {results['ceiling']['flops'] / 1e9:.0f} GFLOP/s, {results['ceiling']['bytes'] / 1e9:.1f} GB/s.",
+    head = f"Measured on {results['device']}, {results['versions']}, commit {results['commit'] or 'unknown'}."
+    if "naive" in results:
+        return "\n\n".join([f"{head} Every step the long way (bench/naive.py) and ours: same weights, in turns.", table(
+            results["naive"], {"step": lambda r: r["step"], "way": lambda r: r["variant"],
+                               "photo": lambda r: f"{r['photo']}x{r['photo']}",
+                               "time an image": lambda r: duration(r["seconds"]), "images a call": lambda r: r["images"],
+                               "times ours": lambda r: "" if r["ratio"] is None else f"{r['ratio']:.1f}",
+                               **{c: spread[c] for c in ("median", "10-90 %", "runs", "memory")}})]) + "\n"
+    flops, moved = results["ceiling"]["flops"], results["ceiling"]["bytes"]
+    parts = [f"{head} Ceilings in this run: {flops / 1e9:.0f} GFLOP/s, {moved / 1e9:.1f} GB/s.",
              table(results["kernels"], {"kernel": lambda r: r["kernel"], "shape": lambda r: r["shape"],
                                         "mode": lambda r: r["mode"], "variant": lambda r: r["variant"], **spread, **speed}),
              table(results["steps"], {"step": lambda r: r["step"], "variant": lambda r: r["variant"],
@@ -443,6 +471,14 @@ def plot(results: dict, path: Path):
     image.save(path)
 
 
+def write(results: dict, folder: Path, name: str):
+    text = tables(results)
+    print(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(text)
+
+
 def versions() -> str:
     triton = MODULES["nearest_code"].triton
     return f"torch {torch.__version__}, triton {triton.__version__ if triton else 'none'}, Python {platform.python_version()}"
@@ -452,6 +488,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Benchmarks the kernels on this machine.")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row (default 2)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does it all run?")
+    parser.add_argument("--naive", action="store_true", help="only this: training and scoring the long way, and ours")
+    parser.add_argument("--preset", choices=("tiny", "fast", "paper"), default="tiny", help="of --naive (default tiny)")
+    parser.add_argument("--photo", type=int, default=256, help="of --naive: pixels a side of the photos (default 256, the "
+                                                               "rendered twin's; MVTec LOCO's have 1000 or more)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
     parser.add_argument("--interpret", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -467,23 +507,24 @@ def main() -> int:
     if args.quick:
         shapes, batches, args.seconds = [(500, 64, 16)], [(2, 3)], 0.1
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    name = re.sub(r"\W+", "-", device_name(device)).strip("-").lower()
+    results = {"device": device_name(device), "versions": versions(), "commit": commit.stdout.strip()}
+    if args.naive:
+        results["naive"] = naive_rows(device, args.preset, args.photo, args.seconds)
+        write(results, args.out, f"{name}-naive-{args.preset}")
+        return 0
     ceiling = roofline(device, args.seconds)
-    results = {"device": device_name(device), "versions": versions(), "commit": commit.stdout.strip(), "ceiling": ceiling,
-               "kernels": nearest_rows(device, shapes, args.seconds, ceiling)
-               + histogram_rows(device, batches, args.seconds, ceiling),
-               "steps": step_rows(device, "paper" if device == "cuda" else "tiny", args.seconds)}
+    results |= {"ceiling": ceiling,
+                "kernels": nearest_rows(device, shapes, args.seconds, ceiling)
+                + histogram_rows(device, batches, args.seconds, ceiling),
+                "steps": step_rows(device, "paper" if device == "cuda" else "tiny", args.seconds)}
     if device == "cpu" and MODULES["nearest_code"].triton:
         environment = os.environ | {"LADMIM_KERNELS": "triton", "TRITON_INTERPRET": "1"}
         done = subprocess.run([sys.executable, __file__, "--interpret"], env=environment, stdout=subprocess.PIPE, check=True)
         results["interpreted"] = json.loads(done.stdout)
         results["compiled"] = [row for arch in ((89, 90) if args.quick else (80, 89, 90)) for row in compile_for(arch)]
         results["predicted"] = predict(results["compiled"])
-    text = tables(results)
-    print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", results["device"]).strip("-").lower()
-    (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / f"{name}.md").write_text(text)
+    write(results, args.out, name)
     plot(results, args.out / f"{name}.png")
     return 0
 

@@ -1,4 +1,5 @@
 """The benchmark runs to its end, and what it says holds together."""
+import copy
 import json
 import os
 import subprocess
@@ -9,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+import ladmim
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
+import naive  # noqa: E402
 import run as bench  # noqa: E402
 
 
@@ -86,3 +90,55 @@ def test_loops_are_read_off_machine_code():
         (48, "@P0 BRA 0x10"), (64, "EXIT")])
     assert bench.loop_of(code) == {"HMMA": 1, "FMNMX": 1, "BRA": 1}
     assert bench.loop_of(code.replace("HMMA", "FFMA")) == {}
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_the_long_way_and_ours_agree(tmp_path, codebook):
+    """The ratio of --naive is honest only if both sides compute the same: losses, weights after a step, codebooks, scores."""
+    cfg = ladmim.Config(image_size=125, grid=6, codes=16, code_dim=8, hvq_width=32, hvq_heads=2, hvq_dropout=0.0, codebook=codebook,
+                        hvq_batch=3, mim_width=32, mim_heads=2, mim_blocks=2, mim_dropout=0.0, mim_batch=4, masks=5)
+    detector = naive.make_detector(cfg, torch.device("cpu"))
+    torch.nn.init.normal_(detector.mim.e)
+    torch.nn.init.normal_(detector.mim.p)
+    paths = naive.draw_photos(tmp_path, 4, 64)
+    assert len(set(path.read_bytes() for path in paths)) == 4
+    h0 = naive.features(detector, paths)
+    detector.hvq.start_codebooks(h0, ladmim.seeded(0))
+    both = [detector, copy.deepcopy(detector)]
+    for i, key in ((0, "long way"), (1, "ours")):
+        ways = naive.pairs(both[i], paths)
+        for name in ("train HVQ-Trans", "train ViT"):
+            ways[name][key][1]()
+    for a, b in zip(*(torch.nn.ModuleList([d.hvq, d.mim]).state_dict().items() for d in both)):
+        assert a[0] == b[0]
+        torch.testing.assert_close(a[1], b[1], atol=1e-4, rtol=1e-4, msg=lambda text, name=a[0]: f"{name}: {text}")
+    mask = ladmim.draw_masks(cfg, 4, ladmim.seeded(0), scoring=False)
+    with torch.no_grad():                            # an EMA codebook moves with every loss: one on the copy
+        losses = [naive.hvq_loss(both[1], paths), both[0].hvq.loss(h0)]
+        codes = detector.hvq(h0)[1].to(torch.int16)
+        losses += [naive.mim_loss(detector, paths, mask),
+                   ladmim.histogram_l1(detector.mim(h0, mask[:, None]), codes, mask[:, None]).sum(-1).mean()]
+    assert abs(float(losses[0] - losses[1])) < 1e-4 and abs(float(losses[2] - losses[3])) < 1e-4
+    ours = torch.stack(naive.our_score(detector, paths), 1)
+    assert ours.std(0).min() > 1e-3                  # the photos differ in score, so agreement says something
+    for every_mask in (True, False):
+        found = torch.tensor([naive.score(detector, path, every_mask) for path in paths])
+        torch.testing.assert_close(found, ours, atol=1e-4, rtol=1e-4)
+
+
+def test_the_long_way_is_measured(tmp_path, monkeypatch, capsys):
+    small = dict(image_size=61, grid=4, codes=8, code_dim=8, hvq_width=16, hvq_heads=2, hvq_batch=1, mim_width=16,
+                 mim_heads=2, mim_blocks=1, mim_batch=1)
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", small)
+    monkeypatch.setattr(naive, "score", lambda detector, path, every_mask=True: None)              # 64 backbones, five times
+    monkeypatch.setattr(sys, "argv", ["run.py", "--naive", "--seconds", "0", "--photo", "64", "--out", str(tmp_path)])
+    assert bench.main() == 0
+    results, = tmp_path.glob("*-naive-tiny.json")
+    rows = json.loads(results.read_text())["naive"]
+    assert results.with_suffix(".md").read_text().strip() == capsys.readouterr().out.strip()
+    assert len(rows) == 9
+    for row in rows:
+        assert row["seconds"] == pytest.approx(row["median"] / row["images"])
+    for name in {row["step"] for row in rows if row["ratio"]}:
+        ours, = (row for row in rows if row["step"] == name and row["variant"] == "ours")
+        assert all(row["ratio"] == pytest.approx(row["seconds"] / ours["seconds"]) for row in rows if row["step"] == name)

@@ -486,6 +486,43 @@ def test_multi_class_scores_category_by_category(tmp_path):
     assert asked.returncode == 2 and "gadgets, widgets" in asked.stderr
 
 
+def test_categories_and_seeds_in_turn(tmp_path, monkeypatch):
+    for name in ("gadgets", "widgets"):
+        make_photos(tmp_path / "photos", name, train=6)
+    several = ("train", "--data", "photos", "--category", "gadgets,widgets", "--separate", "--seeds", "0,3-4", *QUICK)
+    real, folders, cached = ladmim.write_scores, [], []
+
+    def stop_in_the_fourth(run, *rest):
+        if len(folders) == 3:
+            raise KeyboardInterrupt
+        folders.append(run.folder.name)
+        real(run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ladmim, "write_scores", stop_in_the_fourth)
+        assert command(*several, cwd=tmp_path).returncode == 130
+    assert folders == ["gadgets-tiny-seed0", "gadgets-tiny-seed3", "gadgets-tiny-seed4"]
+    finished = (tmp_path / "runs/photos/gadgets-tiny-seed3/checkpoint.pt").read_bytes()
+    find = ladmim.find_features
+    monkeypatch.setattr(ladmim, "find_features", lambda photos, *rest: cached.append(photos[0].category) or find(photos, *rest))
+    result = command(*several, cwd=tmp_path)
+    assert result.returncode == 0 and cached == ["widgets"] * 3                   # finished runs are not even looked at
+    assert (tmp_path / "runs/photos/gadgets-tiny-seed3/checkpoint.pt").read_bytes() == finished
+    assert result.stdout.count("run: runs/photos/") == 6 and "6 runs are done" in result.stdout
+    assert command("train", "--data", "photos", "--category", "widgets", "--seed", "3", *QUICK, "--out", "alone",
+                   cwd=tmp_path).returncode == 0
+    alone, one_of_six = (torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)
+                         for folder in ("alone", "runs/photos/widgets-tiny-seed3"))
+    assert alone["config"]["seed"] == 3 and all(same(alone[part], one_of_six[part]) for part in ("hvq", "mim", "calibration"))
+    other = torch.load(tmp_path / "runs/photos/widgets-tiny-seed4/checkpoint.pt", weights_only=True)
+    assert not same(alone["mim"], other["mim"])
+
+
+@pytest.mark.parametrize("text, seeds", [("3", [3]), ("0-4", [0, 1, 2, 3, 4]), ("7,0-2,1", [7, 0, 1, 2])])
+def test_seeds_are_read(text, seeds):
+    assert ladmim.seed_list(text) == seeds
+
+
 def test_training_learns_the_arrangement(tmp_path):
     """The square's place is the rule. Labels shuffled at random score about a half."""
     make_photos(tmp_path / "photos", train=24, good=12, bad=12)
@@ -544,6 +581,11 @@ def test_a_bad_training_photo_costs_one_line(tmp_path):
     (["--category", "widgets", "--hvq-heads", "5"], "--hvq-heads"),
     (["--category", "widgets", "--score-ratio", "1.5"], "--score-ratio"),
     (["--category", "empty"], "empty"),
+    (["--category", "widgets", "--seeds", "4-0"], "--seeds"),
+    (["--category", "widgets", "--seed", "-1"], "--seed"),
+    (["--category", "widgets", "--seed", "1" * 30], "--seed"),
+    (["--category", "widgets", "--seeds", "0,x"], "--seeds"),
+    (["--category", "widgets", "--seeds", "0-1", "--out", "one"], "--out"),
     ([], "--category"),
 ])
 def test_every_mistake_is_one_line_and_exit_code_2(tmp_path, args, names):
