@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -571,6 +572,25 @@ class Run:
             file.write(json.dumps(line) + "\n")
 
 
+@contextlib.contextmanager
+def stoppable():
+    """Inside, the first Ctrl-C only fills the list that this yields: whoever works stops where nothing is lost. The second
+    one stops at once."""
+    asked = []
+
+    def interrupted(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after this epoch; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGINT, interrupted)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def fit(run: Run, stage: str, model: nn.Module, epoch_loss, n: int, epochs: int, batch: int, lr, weight_decay: float,
         clip: float, end_epoch=lambda epoch: {}, save_every=60.0):
     """Trains one stage from where the run's checkpoint left it.
@@ -591,29 +611,32 @@ def fit(run: Run, stage: str, model: nn.Module, epoch_loss, n: int, epochs: int,
 
     model.train()
     progress = Progress(f"{stage} training", epochs, "epochs", start)
-    for epoch in range(start, epochs):
-        generator, began = seeded(run.seed, stage, epoch), time.monotonic()
-        torch.manual_seed(generator.initial_seed())                               # dropout
-        batches = torch.randperm(n, generator=generator).split(batch)
-        loss, total = epoch_loss(generator), 0.0
-        for i, index in enumerate(batches):
-            for group in optimizer.param_groups:
-                group["lr"] = lr(epoch + i / len(batches))
-            value = loss(index)
-            optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(trained, clip)
-            optimizer.step()
-            total = total + value.detach() * len(index)
-        mean = float(total) / n                                                   # the epoch's only wait for a GPU
-        if not math.isfinite(mean):
-            raise InputError(f"{stage} training: the loss is {mean} in epoch {epoch + 1}; the last good checkpoint is kept; "
-                             f"try a smaller --{stage}-lr")
-        run.log(stage=stage, epoch=epoch + 1, loss=round(mean, 6), seconds=round(time.monotonic() - began, 3),
-                **end_epoch(epoch))
-        progress(epoch + 1, f"loss {mean:.4f}")
-        if time.monotonic() - run.saved > save_every or epoch + 1 == epochs:
-            save(epoch + 1)
+    with stoppable() as asked:
+        for epoch in range(start, epochs):
+            generator, began = seeded(run.seed, stage, epoch), time.monotonic()
+            torch.manual_seed(generator.initial_seed())                           # dropout
+            batches = torch.randperm(n, generator=generator).split(batch)
+            loss, total = epoch_loss(generator), 0.0
+            for i, index in enumerate(batches):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr(epoch + i / len(batches))
+                value = loss(index)
+                optimizer.zero_grad()
+                value.backward()
+                nn.utils.clip_grad_norm_(trained, clip)
+                optimizer.step()
+                total = total + value.detach() * len(index)
+            mean = float(total) / n                                               # the epoch's only wait for a GPU
+            if not math.isfinite(mean):
+                raise InputError(f"{stage} training: the loss is {mean} in epoch {epoch + 1}; the last good checkpoint is "
+                                 f"kept; try a smaller --{stage}-lr")
+            run.log(stage=stage, epoch=epoch + 1, loss=round(mean, 6), seconds=round(time.monotonic() - began, 3),
+                    **end_epoch(epoch))
+            progress(epoch + 1, f"loss {mean:.4f}")
+            if time.monotonic() - run.saved > save_every or epoch + 1 == epochs or asked:
+                save(epoch + 1)
+            if asked:
+                raise KeyboardInterrupt
     if not epochs:
         save(0)
     model.eval()
@@ -842,8 +865,8 @@ def train(args) -> int:
         raise InputError(f"--out {args.out}: is the folder of one run, and {len(runs)} are asked for; leave it out")
     code = max([train_run(args, cfg, root, group, seed, device, len(runs) > 1) for group, seed in runs])
     if len(runs) > 1:
-        print(f"{len(runs)} runs are done. `python eval.py` takes those that differ in the seed alone as one row, mean ± std, and "
-              "adds the mean over the categories")
+        print(f"{len(runs)} runs are done. `python eval.py` takes those that differ in the seed alone as one row, mean ± std, "
+              "and adds the mean over the categories")
     return code
 
 
@@ -1280,9 +1303,9 @@ def build_parser() -> argparse.ArgumentParser:
                                   "or the rendered twin where there is none)")
     p.add_argument("--preset", choices=PRESETS, help="default: fast with a GPU, tiny without")
     p.add_argument("--seed", "--seeds", dest="seeds", type=seed_list, default=[0], metavar="SEED",
-                   help="a number, or several as in 0-4 or 0,3,7: a run for each, one after the other; finished ones are skipped. "
-                        "Runs are independent: a scheduler (xargs -P, a SLURM array) can start each with its own --category "
-                        "and --seed")
+                   help="a number, or several as in 0-4 or 0,3,7: a run for each, one after the other; finished ones are "
+                        "skipped. Runs are independent: a scheduler (xargs -P, a SLURM array) can start each with its own "
+                        "--category and --seed")
     p.add_argument("--out", help="run folder (default: runs/DATA/CATEGORY-PRESET-seedN)")
     p.add_argument("--cache", default="cache", help="folder of cached features (default: cache)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")

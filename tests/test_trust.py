@@ -2,6 +2,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -117,3 +118,35 @@ def test_the_second_training_in_a_folder_refuses_and_a_dead_one_does_not_block(p
     holder.kill()
     holder.communicate()
     assert command(*args, cwd=photos).returncode == 0
+
+
+@pytest.mark.parametrize("stage", ["hvq", "mim"])
+def test_ctrl_c_finishes_the_epoch_saves_and_goes_on_to_the_same_bits(photos, tmp_path, monkeypatch, stage):
+    args = ("train", "--data", "photos", "--category", "widgets", *QUICK)
+    assert command(*args, "--out", tmp_path / "whole", cwd=photos).returncode == 0
+    calls, real = [], ladmim.draw_masks if stage == "mim" else ladmim.HVQ.count
+
+    def press(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:                                                       # in an epoch, never between two
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((ladmim, "draw_masks") if stage == "mim" else (ladmim.HVQ, "count")), press)
+        stopped = command(*args, "--out", tmp_path / "stopped", cwd=photos)
+    assert stopped.returncode == 130 and "stopping after this epoch" in stopped.stderr and "goes on" in stopped.stderr
+    state = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
+    assert state["stage"] == stage and 1 <= state["epoch"] < 3 and state["metrics"][-1]["epoch"] == state["epoch"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler          # as it was
+    assert command(*args, "--out", tmp_path / "stopped", cwd=photos).returncode == 0
+    whole, again = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "stopped"))
+    assert all(same(whole[part], again[part]) for part in ("hvq", "mim", "calibration"))
+
+
+def test_the_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), ladmim.stoppable() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("went on")
