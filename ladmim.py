@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -51,6 +52,68 @@ from kernels import histogram_l1, nearest_code
 
 FORMAT = 1                                           # of checkpoint.pt
 HERE = Path(__file__).resolve().parent
+
+
+# Several processes: torchrun --nproc-per-node N ladmim.py train ...
+#
+# Every process holds the whole model and all features, draws the same randomness, and takes its share of each batch. What
+# they learn is added up, gradients and code counts alike, so that all of them take one and the same step. Process 0 alone
+# writes and prints. DistributedDataParallel would average gradients, which is wrong where shares are uneven, and knows
+# nothing of code counts.
+
+def processes() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def share(batch: torch.Tensor) -> torch.Tensor:
+    """This process's part of a batch: even parts but for one element, empty where the batch is shorter than that."""
+    rank, size = processes()
+    return batch.tensor_split(size)[rank]
+
+
+@torch.no_grad()
+def add_up(tensors: list[torch.Tensor]):
+    """Replaces each float tensor by its sum over the processes, all of them in one message."""
+    if processes()[1] > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What is inside is done by process 0 before the others: they find its files."""
+    rank, size = processes()
+    if rank:
+        dist.barrier()
+    yield
+    if size > 1 and not rank:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: torch.device):
+    """Inside, the processes that torchrun started know each other; all but the first are mute."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs; start at most as many")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with contextlib.ExitStack() as muted:
+        if dist.get_rank():
+            nowhere = muted.enter_context(open(os.devnull, "w"))
+            muted.enter_context(contextlib.redirect_stdout(nowhere))
+            muted.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 # Configuration
@@ -338,16 +401,19 @@ class HVQ(nn.Module):
     @torch.no_grad()
     def count(self, psi, codes, decay=0.99):
         """Counts the codes in use and, with the EMA codebook, moves each code to the running mean of its vectors."""
+        count, total = torch.zeros_like(self.used), torch.zeros_like(self.ema_sum)
         for level in range(self.levels):
             index = codes[:, level].flatten()
-            count = torch.zeros_like(self.used[level]).index_add_(0, index, torch.ones_like(index, dtype=torch.float))
-            self.used[level] += count
+            count[level].index_add_(0, index, torch.ones_like(index, dtype=torch.float))
             if self.ema:
-                total = torch.zeros_like(self.ema_sum[level]).index_add_(0, index, psi[level].flatten(0, 1).float())
-                self.ema_count[level].lerp_(count, 1 - decay)
-                self.ema_sum[level].lerp_(total, 1 - decay)
-                mean = self.ema_sum[level] / self.ema_count[level].clamp(min=1e-6)[:, None]
-                self.codebooks[level].copy_(torch.where(self.ema_count[level][:, None] > 1e-4, mean, self.codebooks[level]))
+                total[level].index_add_(0, index, psi[level].flatten(0, 1).float())
+        add_up([count, total] if self.ema else [count])
+        self.used += count
+        if self.ema:
+            self.ema_count.lerp_(count, 1 - decay)
+            self.ema_sum.lerp_(total, 1 - decay)
+            mean = self.ema_sum / self.ema_count.clamp(min=1e-6)[..., None]
+            self.codebooks.copy_(torch.where(self.ema_count[..., None] > 1e-4, mean, self.codebooks))
 
     @torch.no_grad()
     def start_codebooks(self, h0, generator, rounds=5):
@@ -538,7 +604,8 @@ class Run:
     def __init__(self, folder: Path, settings: dict):
         """settings: config.json's content. A folder that already holds a run is gone on with if its settings agree."""
         self.folder, self.seed, self.saved = folder, settings["seed"], time.monotonic()
-        self.lock = lock(folder)
+        self.writes = processes()[0] == 0
+        self.lock = lock(folder) if self.writes else None
         self.state = {"format": FORMAT, "config": settings, "stage": "", "epoch": 0, "metrics": []}
         if (folder / "checkpoint.pt").exists():
             self.state = load_checkpoint(folder / "checkpoint.pt")
@@ -547,7 +614,7 @@ class Run:
                 if name not in about and self.state["config"].get(name) != value:
                     raise InputError(f"{folder}: holds a run with {name} = {self.state['config'].get(name)}, asked for "
                                      f"{value}; choose another --out or delete the folder")
-        else:
+        elif self.writes:
             try:
                 (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
             except OSError as error:
@@ -556,19 +623,24 @@ class Run:
 
     def save(self, **news):
         self.state.update(news)
+        if not self.writes:
+            return
         content = io.BytesIO()
         torch.save(self.state, content)
         write_whole(self.folder / "checkpoint.pt", content.getbuffer())
         self.saved = time.monotonic()
 
     def write_metrics(self):
+        if not self.writes:
+            return
         lines = "".join(json.dumps(line) + "\n" for line in self.state["metrics"])
         (self.folder / "metrics.jsonl").write_text(lines)
 
     def log(self, **line):
         self.state["metrics"].append(line)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.writes:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def fit(run: Run, stage: str, model: nn.Module, epoch_loss, n: int, epochs: int, batch: int, lr, weight_decay: float,
@@ -576,7 +648,8 @@ def fit(run: Run, stage: str, model: nn.Module, epoch_loss, n: int, epochs: int,
     """Trains one stage from where the run's checkpoint left it.
 
     epoch_loss(generator) -> loss(index): called once an epoch, so that an epoch's masks are drawn together; index is a
-    batch of photo numbers. lr(epoch): the learning rate at a fractional epoch. end_epoch(epoch) -> what else to log.
+    batch of photo numbers, or this process's share of it. lr(epoch): the learning rate at a fractional epoch.
+    end_epoch(epoch) -> what else to log.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr(0.0), weight_decay=weight_decay, fused=True)
@@ -593,18 +666,28 @@ def fit(run: Run, stage: str, model: nn.Module, epoch_loss, n: int, epochs: int,
     progress = Progress(f"{stage} training", epochs, "epochs", start)
     for epoch in range(start, epochs):
         generator, began = seeded(run.seed, stage, epoch), time.monotonic()
-        torch.manual_seed(generator.initial_seed())                               # dropout
+        torch.manual_seed(generator.initial_seed() + processes()[0])              # dropout, other for other photos
+        several = processes()[1] > 1
+        for value in model.state_dict().values() if several else ():              # equal but for what GPUs round at random
+            dist.broadcast(value, 0)
         batches = torch.randperm(n, generator=generator).split(batch)
-        loss, total = epoch_loss(generator), 0.0
+        loss, total = epoch_loss(generator), torch.zeros((), device=trained[0].device)
         for i, index in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = lr(epoch + i / len(batches))
-            value = loss(index)
+            part = share(index)
+            value = loss(part)                                                    # asked even of no photos: it counts codes
             optimizer.zero_grad()
-            value.backward()
+            if len(part):                                                         # losses are means, so they are weighted
+                (value * (len(part) / len(index)) if several else value).backward()
+                total = total + value.detach() * len(part)
+            if several:
+                for p in trained:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                add_up([p.grad for p in trained])
             nn.utils.clip_grad_norm_(trained, clip)
             optimizer.step()
-            total = total + value.detach() * len(index)
+        add_up([total])
         mean = float(total) / n                                                   # the epoch's only wait for a GPU
         if not math.isfinite(mean):
             raise InputError(f"{stage} training: the loss is {mean} in epoch {epoch + 1}; the last good checkpoint is kept; "
@@ -737,12 +820,15 @@ def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
 
 def all_errors(hvq: HVQ, mim: ViT, cfg: Config, h0, index: torch.Tensor, masks, batch: int = 8):
     """`errors` of the photos numbered by index, h0(index) as in training, on the CPU."""
-    progress, found, done = Progress("scoring", len(index), "photos"), [], 0
-    for part in index.split(batch):
-        found.append([values.float().cpu() for values in errors(hvq, mim, cfg, h0(part), masks)])
-        done += len(part)
-        progress(done)
-    return [torch.cat(values) for values in zip(*found)]
+    progress, (rank, size), starts = Progress("scoring", len(index), "photos"), processes(), range(0, len(index), batch)
+    found = [torch.zeros(len(index), columns, device=masks.device) for columns in (cfg.grid ** 2, len(masks))]
+    for start in starts[rank::size]:                 # the others' rows stay zero until all are added up
+        part = index[start:start + batch]
+        for all_values, values in zip(found, errors(hvq, mim, cfg, h0(part), masks)):
+            all_values[start:start + batch] = values
+        progress(min(len(index), start + size * batch))
+    add_up(found)
+    return [values.cpu() for values in found]
 
 
 # Command line
@@ -817,6 +903,11 @@ def find_features(photos, pdn: nn.Module, cfg: Config, cache: Path, device):
                                     lambda images: extract(pdn, images.to(device), cfg.grid).cpu(), cache, shape,
                                     progress=Progress("features", len(photos), "photos"))
 
+    rank, size = processes()
+    if size > 1:                                     # each puts its share into the cache, then all read all of it
+        with contextlib.suppress(data.BadPhotos):
+            compute(photos[rank::size])
+        dist.barrier()
     try:
         return compute(photos), photos, 0
     except data.BadPhotos as error:                  # every bad photo costs a line, not the run
@@ -836,14 +927,16 @@ def train(args) -> int:
                                            if getattr(args, f.name) is not None})
     check_settings(cfg)
     load_pdn(cfg.pdn, args.seeds[0])                 # a wrong file is better named before the twin is drawn
-    root, names = find_data(args)
-    runs = [(group, seed) for group in ([[name] for name in names] if args.separate else [names]) for seed in args.seeds]
-    if args.out and len(runs) > 1:
-        raise InputError(f"--out {args.out}: is the folder of one run, and {len(runs)} are asked for; leave it out")
-    code = max([train_run(args, cfg, root, group, seed, device, len(runs) > 1) for group, seed in runs])
-    if len(runs) > 1:
-        print(f"{len(runs)} runs are done. `python eval.py` takes those that differ in the seed alone as one row, mean ± std, and "
-              "adds the mean over the categories")
+    with joined(device):
+        with first_process_first():
+            root, names = find_data(args)
+        runs = [(group, seed) for group in ([[name] for name in names] if args.separate else [names]) for seed in args.seeds]
+        if args.out and len(runs) > 1:
+            raise InputError(f"--out {args.out}: is the folder of one run, and {len(runs)} are asked for; leave it out")
+        code = max([train_run(args, cfg, root, group, seed, device, len(runs) > 1) for group, seed in runs])
+        if len(runs) > 1:
+            print(f"{len(runs)} runs are done. `python eval.py` takes those that differ in the seed alone as one row, mean ± "
+                  "std, and adds the mean over the categories")
     return code
 
 
@@ -923,14 +1016,17 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
     maps = np.array([torch.stack(pair).numpy() for pair in maps], np.float32).reshape(-1, 2, cfg.grid, cfg.grid)
     content = io.BytesIO()                           # each photo's structural and logical map, for eval.py
     np.savez_compressed(content, path=np.array([row[0] for row in rows]), maps=maps)
-    write_whole(run.folder / "maps.npz", content.getvalue())
-    write_whole(run.folder / "scores.csv", table.getvalue().encode("utf-8", "surrogateescape"))
+    if run.writes:
+        write_whole(run.folder / "maps.npz", content.getvalue())
+        write_whole(run.folder / "scores.csv", table.getvalue().encode("utf-8", "surrogateescape"))
     run.log(stage="score", photos=len(index), seconds=round(time.monotonic() - began, 3))
     run.save(stage="done", optimizer=None)
 
 
 def report(run: Run):
     """What the run's codebooks and scores look like."""
+    if not run.writes:
+        return
     for line in [line for line in run.state["metrics"] if line["stage"] == "hvq"][-1:]:
         health = enumerate(zip(line["codes_used"], line["perplexity"]), 1)
         print("codebooks: " + "; ".join(f"level {level}: {used} codes in use, perplexity {perplexity}"
@@ -1280,7 +1376,7 @@ def build_parser() -> argparse.ArgumentParser:
                                   "or the rendered twin where there is none)")
     p.add_argument("--preset", choices=PRESETS, help="default: fast with a GPU, tiny without")
     p.add_argument("--seed", "--seeds", dest="seeds", type=seed_list, default=[0], metavar="SEED",
-                   help="a number, or several as in 0-4 or 0,3,7: a run for each, one after the other; finished ones are skipped. "
+                   help="a number, or several as in 0-4 or 0,3,7: a run for each in turn; finished ones are skipped. "
                         "Runs are independent: a scheduler (xargs -P, a SLURM array) can start each with its own --category "
                         "and --seed")
     p.add_argument("--out", help="run folder (default: runs/DATA/CATEGORY-PRESET-seedN)")
