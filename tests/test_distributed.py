@@ -40,7 +40,8 @@ def both(request, tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("two"), free_port()
     make_photos(folder / "photos", train=N)
     options = [f"{name}={value}" for name, value in zip(("--codebook", "--hvq-batch", "--mim-batch"), request.param)]
-    started = [start(folder, out, rank, size, port, *options) for out, rank, size in (("one", 0, 1), ("two", 0, 2), ("two", 1, 2))]
+    ranks = ("one", 0, 1), ("two", 0, 2), ("two", 1, 2)
+    started = [start(folder, *rank, port, *options) for rank in ranks]
     said = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], said
     return folder, said, *(torch.load(folder / out / "checkpoint.pt", weights_only=True) for out in ("one", "two"))
