@@ -127,6 +127,7 @@ class Config:
     """Every setting of a run. The defaults are the `paper` preset; each field is an option of `train`."""
     image_size: int = 224
     grid: int = 24                                   # tokens a side; N = grid ** 2
+    precision: str = choice("fp32", "fp32", "bf16")  # of both models' products; codes are always searched in fp32
     pdn: str = "weights/pdn_small.pt"                # a file of PDN weights, or "random" as the control
 
     levels: int = 4                                  # L
@@ -167,6 +168,10 @@ PRESETS = {
                  hvq_batch=4, hvq_lr=1e-3, hvq_score="calibrated", mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0,
                  mim_epochs=50, mim_warmup=3, mim_batch=8, mim_lr=1e-3, masks=32, mim_score="calibrated"),
 }
+
+
+def in_precision(cfg: Config, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
 
 def check_settings(cfg: Config):
@@ -533,7 +538,7 @@ class ViT(nn.Module):
             x = block(x)
         # Nothing but p' is read, so in the last block nothing else needs to ask.
         p = self.blocks[-1](x, first=1)[:, 0]                                     # (B*M, width)
-        return self.head(self.norm(p)).view(*mask.shape[:2], self.levels, self.codes)
+        return self.head(self.norm(p)).float().view(*mask.shape[:2], self.levels, self.codes)
 
 
 # Training
@@ -610,10 +615,11 @@ class Run:
         if (folder / "checkpoint.pt").exists():
             self.state = load_checkpoint(folder / "checkpoint.pt")
             about = ("root", "commit", "device", "torch")                         # may differ between the sittings of one run
+            held = dataclasses.asdict(Config()) | self.state["config"]           # a setting that came later had its default
             for name, value in settings.items():
-                if name not in about and self.state["config"].get(name) != value:
-                    raise InputError(f"{folder}: holds a run with {name} = {self.state['config'].get(name)}, asked for "
-                                     f"{value}; choose another --out or delete the folder")
+                if name not in about and held.get(name) != value:
+                    raise InputError(f"{folder}: holds a run with {name} = {held.get(name)}, asked for {value}; "
+                                     "choose another --out or delete the folder")
         elif self.writes:
             try:
                 (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
@@ -713,6 +719,10 @@ def train_hvq(run: Run, cfg: Config, h0, n: int, device) -> HVQ:
     if not run.state["stage"]:
         hvq.start_codebooks(h0(torch.randperm(n, generator=sample)[:64]), sample)
 
+    def loss(index):
+        with in_precision(cfg, device):
+            return hvq.loss(h0(index))
+
     def end_epoch(epoch):
         used, perplexity = hvq.health()
         if epoch < 0.8 * cfg.hvq_epochs - 1:         # later, a new code could not settle any more
@@ -721,7 +731,7 @@ def train_hvq(run: Run, cfg: Config, h0, n: int, device) -> HVQ:
         hvq.used.zero_()
         return {"codes_used": used, "perplexity": perplexity}
 
-    fit(run, "hvq", hvq, lambda generator: lambda index: hvq.loss(h0(index)), n, cfg.hvq_epochs, cfg.hvq_batch,
+    fit(run, "hvq", hvq, lambda generator: loss, n, cfg.hvq_epochs, cfg.hvq_batch,
         lambda epoch: cfg.hvq_lr * (0.1 if epoch >= 0.8 * cfg.hvq_epochs else 1.0), 1e-4, 0.1, end_epoch)
     return hvq.eval().requires_grad_(False)
 
@@ -733,12 +743,16 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
     if run.state["stage"] == "done":
         mim.load_state_dict(run.state["mim"])
         return mim.eval().requires_grad_(False)
-    with torch.inference_mode():                     # HVQ-Trans is frozen and nothing is augmented: tokenise once
+    with torch.inference_mode(), in_precision(cfg, device):                       # HVQ-Trans is frozen: tokenise once
         codes = torch.cat([hvq(h0(index))[1].to(torch.int16) for index in torch.arange(n).split(cfg.hvq_batch)])
 
     def epoch_loss(generator):
         mask = draw_masks(cfg, n, generator, scoring=False)[:, None].to(device)   # (n, 1, N)
-        return lambda index: histogram_l1(mim(h0(index), mask[index]), codes[index], mask[index]).sum(-1).mean()
+
+        def loss(index):
+            with in_precision(cfg, device):
+                return histogram_l1(mim(h0(index), mask[index]), codes[index], mask[index]).sum(-1).mean()
+        return loss
 
     def lr(epoch):                                   # linear warm-up, then cosine to 1e-6
         if epoch < cfg.mim_warmup:
@@ -756,9 +770,11 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
 def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 2 ** 27):
     """What the detectors fail at. h0 (B, N, d0), masks (M, N) -> each token's squared error (B, N) and each mask's L1
     distance (B, M), equation 12. budget: bytes that one activation of the ViT may take."""
-    rebuilt, codes = hvq(h0)
-    step, codes = max(1, budget // (len(h0) * h0.shape[1] * cfg.mim_width * 4)), codes.to(torch.int16)
-    l1 = torch.cat([histogram_l1(mim(h0, part), codes, part).sum(-1) for part in masks.split(step)], 1)
+    step = max(1, budget // (len(h0) * h0.shape[1] * cfg.mim_width * 4))
+    with in_precision(cfg, h0.device):
+        rebuilt, codes = hvq(h0)
+        codes = codes.to(torch.int16)
+        l1 = torch.cat([histogram_l1(mim(h0, part), codes, part).sum(-1) for part in masks.split(step)], 1)
     return (h0 - rebuilt).square().mean(-1), l1
 
 
@@ -1070,7 +1086,7 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     known = sorted(state["calibration"])
     if category not in known and (category or len(known) > 1):
         raise InputError(f"--category {category or '(not given)'}: this run knows {', '.join(known)}; name one")
-    cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config)})
+    cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config) if f.name in state["config"]})
     pdn, _ = pdn_from_state(state["pdn"], str(folder))
     hvq, mim = HVQ(cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
     hvq.load_state_dict(state["hvq"])
