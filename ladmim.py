@@ -36,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
@@ -54,6 +55,68 @@ FORMAT = 1                                           # of checkpoint.pt
 HERE = Path(__file__).resolve().parent
 
 
+# Several processes: torchrun --nproc-per-node N ladmim.py train ...
+#
+# Every process holds the whole model and all features, draws the same randomness, and takes its share of each batch. What
+# they learn is added up, gradients and code counts alike, so that all of them take one and the same step. Process 0 alone
+# writes and prints. DistributedDataParallel would average gradients, which is wrong where shares are uneven, and knows
+# nothing of code counts.
+
+def processes() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def share(batch: torch.Tensor) -> torch.Tensor:
+    """This process's part of a batch: even parts but for one element, empty where the batch is shorter than that."""
+    rank, size = processes()
+    return batch.tensor_split(size)[rank]
+
+
+@torch.no_grad()
+def add_up(tensors: list[torch.Tensor]):
+    """Replaces each float tensor by its sum over the processes, all of them in one message."""
+    if processes()[1] > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What is inside is done by process 0 before the others: they find its files."""
+    rank, size = processes()
+    if rank:
+        dist.barrier()
+    yield
+    if size > 1 and not rank:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: torch.device):
+    """Inside, the processes that torchrun started know each other; all but the first are mute."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs; start at most as many")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with contextlib.ExitStack() as muted:
+        if dist.get_rank():
+            nowhere = muted.enter_context(open(os.devnull, "w"))
+            muted.enter_context(contextlib.redirect_stdout(nowhere))
+            muted.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
 # Configuration
 
 def choice(default, *options):
@@ -65,6 +128,7 @@ class Config:
     """Every setting of a run. The defaults are the `paper` preset; each field is an option of `train`."""
     image_size: int = 224
     grid: int = 24                                   # tokens a side; N = grid ** 2
+    precision: str = choice("fp32", "fp32", "bf16")  # of both models' products; codes are always searched in fp32
     pdn: str = "weights/pdn_small.pt"                # a file of PDN weights, or "random" as the control
 
     levels: int = 4                                  # L
@@ -105,6 +169,10 @@ PRESETS = {
                  hvq_batch=4, hvq_lr=1e-3, hvq_score="calibrated", mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0,
                  mim_epochs=50, mim_warmup=3, mim_batch=8, mim_lr=1e-3, masks=32, mim_score="calibrated"),
 }
+
+
+def in_precision(cfg: Config, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16")
 
 
 def check_settings(cfg: Config):
@@ -339,16 +407,19 @@ class HVQ(nn.Module):
     @torch.no_grad()
     def count(self, psi, codes, decay=0.99):
         """Counts the codes in use and, with the EMA codebook, moves each code to the running mean of its vectors."""
+        count, total = torch.zeros_like(self.used), torch.zeros_like(self.ema_sum)
         for level in range(self.levels):
             index = codes[:, level].flatten()
-            count = torch.zeros_like(self.used[level]).index_add_(0, index, torch.ones_like(index, dtype=torch.float))
-            self.used[level] += count
+            count[level].index_add_(0, index, torch.ones_like(index, dtype=torch.float))
             if self.ema:
-                total = torch.zeros_like(self.ema_sum[level]).index_add_(0, index, psi[level].flatten(0, 1).float())
-                self.ema_count[level].lerp_(count, 1 - decay)
-                self.ema_sum[level].lerp_(total, 1 - decay)
-                mean = self.ema_sum[level] / self.ema_count[level].clamp(min=1e-6)[:, None]
-                self.codebooks[level].copy_(torch.where(self.ema_count[level][:, None] > 1e-4, mean, self.codebooks[level]))
+                total[level].index_add_(0, index, psi[level].flatten(0, 1).float())
+        add_up([count, total] if self.ema else [count])
+        self.used += count
+        if self.ema:
+            self.ema_count.lerp_(count, 1 - decay)
+            self.ema_sum.lerp_(total, 1 - decay)
+            mean = self.ema_sum / self.ema_count.clamp(min=1e-6)[..., None]
+            self.codebooks.copy_(torch.where(self.ema_count[..., None] > 1e-4, mean, self.codebooks))
 
     @torch.no_grad()
     def start_codebooks(self, h0, generator, rounds=5):
@@ -468,7 +539,7 @@ class ViT(nn.Module):
             x = block(x)
         # Nothing but p' is read, so in the last block nothing else needs to ask.
         p = self.blocks[-1](x, first=1)[:, 0]                                     # (B*M, width)
-        return self.head(self.norm(p)).view(*mask.shape[:2], self.levels, self.codes)
+        return self.head(self.norm(p)).float().view(*mask.shape[:2], self.levels, self.codes)
 
 
 # Training
@@ -539,16 +610,18 @@ class Run:
     def __init__(self, folder: Path, settings: dict):
         """settings: config.json's content. A folder that already holds a run is gone on with if its settings agree."""
         self.folder, self.seed, self.saved = folder, settings["seed"], time.monotonic()
-        self.lock = lock(folder)
+        self.writes = processes()[0] == 0
+        self.lock = lock(folder) if self.writes else None
         self.state = {"format": FORMAT, "config": settings, "stage": "", "epoch": 0, "metrics": []}
         if (folder / "checkpoint.pt").exists():
             self.state = load_checkpoint(folder / "checkpoint.pt")
             about = ("root", "commit", "device", "torch")                         # may differ between the sittings of one run
+            held = dataclasses.asdict(Config()) | self.state["config"]           # a setting that came later had its default
             for name, value in settings.items():
-                if name not in about and self.state["config"].get(name) != value:
-                    raise InputError(f"{folder}: holds a run with {name} = {self.state['config'].get(name)}, asked for "
-                                     f"{value}; choose another --out or delete the folder")
-        else:
+                if name not in about and held.get(name) != value:
+                    raise InputError(f"{folder}: holds a run with {name} = {held.get(name)}, asked for {value}; "
+                                     "choose another --out or delete the folder")
+        elif self.writes:
             try:
                 (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
             except OSError as error:
@@ -557,19 +630,24 @@ class Run:
 
     def save(self, **news):
         self.state.update(news)
+        if not self.writes:
+            return
         content = io.BytesIO()
         torch.save(self.state, content)
         write_whole(self.folder / "checkpoint.pt", content.getbuffer())
         self.saved = time.monotonic()
 
     def write_metrics(self):
+        if not self.writes:
+            return
         lines = "".join(json.dumps(line) + "\n" for line in self.state["metrics"])
         (self.folder / "metrics.jsonl").write_text(lines)
 
     def log(self, **line):
         self.state["metrics"].append(line)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.writes:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 @contextlib.contextmanager
@@ -596,7 +674,8 @@ def fit(run: Run, stage: str, model: nn.Module, epoch_loss, n: int, epochs: int,
     """Trains one stage from where the run's checkpoint left it.
 
     epoch_loss(generator) -> loss(index): called once an epoch, so that an epoch's masks are drawn together; index is a
-    batch of photo numbers. lr(epoch): the learning rate at a fractional epoch. end_epoch(epoch) -> what else to log.
+    batch of photo numbers, or this process's share of it. lr(epoch): the learning rate at a fractional epoch.
+    end_epoch(epoch) -> what else to log.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr(0.0), weight_decay=weight_decay, fused=True)
@@ -614,28 +693,39 @@ def fit(run: Run, stage: str, model: nn.Module, epoch_loss, n: int, epochs: int,
     with stoppable() as asked:
         for epoch in range(start, epochs):
             generator, began = seeded(run.seed, stage, epoch), time.monotonic()
-            torch.manual_seed(generator.initial_seed())                           # dropout
+            torch.manual_seed(generator.initial_seed() + processes()[0])          # dropout, other for other photos
+            several = processes()[1] > 1
+            for value in model.state_dict().values() if several else ():          # equal but for what GPUs round at random
+                dist.broadcast(value, 0)
             batches = torch.randperm(n, generator=generator).split(batch)
-            loss, total = epoch_loss(generator), 0.0
+            loss, total = epoch_loss(generator), torch.zeros((), device=trained[0].device)
             for i, index in enumerate(batches):
                 for group in optimizer.param_groups:
                     group["lr"] = lr(epoch + i / len(batches))
-                value = loss(index)
+                part = share(index)
+                value = loss(part)                                                # asked even of no photos: it counts codes
                 optimizer.zero_grad()
-                value.backward()
+                if len(part):                                                     # losses are means, so they are weighted
+                    (value * (len(part) / len(index)) if several else value).backward()
+                    total = total + value.detach() * len(part)
+                if several:
+                    for p in trained:
+                        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                    add_up([p.grad for p in trained])
                 nn.utils.clip_grad_norm_(trained, clip)
                 optimizer.step()
-                total = total + value.detach() * len(index)
-            mean = float(total) / n                                               # the epoch's only wait for a GPU
+            stop = torch.full_like(total, bool(asked))                            # one process asked is all asked
+            add_up([total, stop])
+            mean, stop = float(total) / n, bool(stop)                             # the epoch's only wait for a GPU
             if not math.isfinite(mean):
                 raise InputError(f"{stage} training: the loss is {mean} in epoch {epoch + 1}; the last good checkpoint is "
                                  f"kept; try a smaller --{stage}-lr")
             run.log(stage=stage, epoch=epoch + 1, loss=round(mean, 6), seconds=round(time.monotonic() - began, 3),
                     **end_epoch(epoch))
             progress(epoch + 1, f"loss {mean:.4f}")
-            if time.monotonic() - run.saved > save_every or epoch + 1 == epochs or asked:
+            if time.monotonic() - run.saved > save_every or epoch + 1 == epochs or stop:
                 save(epoch + 1)
-            if asked:
+            if stop:
                 raise KeyboardInterrupt
     if not epochs:
         save(0)
@@ -653,6 +743,10 @@ def train_hvq(run: Run, cfg: Config, h0, n: int, device) -> HVQ:
     if not run.state["stage"]:
         hvq.start_codebooks(h0(torch.randperm(n, generator=sample)[:64]), sample)
 
+    def loss(index):
+        with in_precision(cfg, device):
+            return hvq.loss(h0(index))
+
     def end_epoch(epoch):
         used, perplexity = hvq.health()
         if epoch < 0.8 * cfg.hvq_epochs - 1:         # later, a new code could not settle any more
@@ -661,7 +755,7 @@ def train_hvq(run: Run, cfg: Config, h0, n: int, device) -> HVQ:
         hvq.used.zero_()
         return {"codes_used": used, "perplexity": perplexity}
 
-    fit(run, "hvq", hvq, lambda generator: lambda index: hvq.loss(h0(index)), n, cfg.hvq_epochs, cfg.hvq_batch,
+    fit(run, "hvq", hvq, lambda generator: loss, n, cfg.hvq_epochs, cfg.hvq_batch,
         lambda epoch: cfg.hvq_lr * (0.1 if epoch >= 0.8 * cfg.hvq_epochs else 1.0), 1e-4, 0.1, end_epoch)
     return hvq.eval().requires_grad_(False)
 
@@ -673,12 +767,16 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
     if run.state["stage"] == "done":
         mim.load_state_dict(run.state["mim"])
         return mim.eval().requires_grad_(False)
-    with torch.inference_mode():                     # HVQ-Trans is frozen and nothing is augmented: tokenise once
+    with torch.inference_mode(), in_precision(cfg, device):                       # HVQ-Trans is frozen: tokenise once
         codes = torch.cat([hvq(h0(index))[1].to(torch.int16) for index in torch.arange(n).split(cfg.hvq_batch)])
 
     def epoch_loss(generator):
         mask = draw_masks(cfg, n, generator, scoring=False)[:, None].to(device)   # (n, 1, N)
-        return lambda index: histogram_l1(mim(h0(index), mask[index]), codes[index], mask[index]).sum(-1).mean()
+
+        def loss(index):
+            with in_precision(cfg, device):
+                return histogram_l1(mim(h0(index), mask[index]), codes[index], mask[index]).sum(-1).mean()
+        return loss
 
     def lr(epoch):                                   # linear warm-up, then cosine to 1e-6
         if epoch < cfg.mim_warmup:
@@ -696,9 +794,11 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
 def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 2 ** 27):
     """What the detectors fail at. h0 (B, N, d0), masks (M, N) -> each token's squared error (B, N) and each mask's L1
     distance (B, M), equation 12. budget: bytes that one activation of the ViT may take."""
-    rebuilt, codes = hvq(h0)
-    step, codes = max(1, budget // (len(h0) * h0.shape[1] * cfg.mim_width * 4)), codes.to(torch.int16)
-    l1 = torch.cat([histogram_l1(mim(h0, part), codes, part).sum(-1) for part in masks.split(step)], 1)
+    step = max(1, budget // (len(h0) * h0.shape[1] * cfg.mim_width * 4))
+    with in_precision(cfg, h0.device):
+        rebuilt, codes = hvq(h0)
+        codes = codes.to(torch.int16)
+        l1 = torch.cat([histogram_l1(mim(h0, part), codes, part).sum(-1) for part in masks.split(step)], 1)
     return (h0 - rebuilt).square().mean(-1), l1
 
 
@@ -760,12 +860,15 @@ def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
 
 def all_errors(hvq: HVQ, mim: ViT, cfg: Config, h0, index: torch.Tensor, masks, batch: int = 8):
     """`errors` of the photos numbered by index, h0(index) as in training, on the CPU."""
-    progress, found, done = Progress("scoring", len(index), "photos"), [], 0
-    for part in index.split(batch):
-        found.append([values.float().cpu() for values in errors(hvq, mim, cfg, h0(part), masks)])
-        done += len(part)
-        progress(done)
-    return [torch.cat(values) for values in zip(*found)]
+    progress, (rank, size), starts = Progress("scoring", len(index), "photos"), processes(), range(0, len(index), batch)
+    found = [torch.zeros(len(index), columns, device=masks.device) for columns in (cfg.grid ** 2, len(masks))]
+    for start in starts[rank::size]:                 # the others' rows stay zero until all are added up
+        part = index[start:start + batch]
+        for all_values, values in zip(found, errors(hvq, mim, cfg, h0(part), masks)):
+            all_values[start:start + batch] = values
+        progress(min(len(index), start + size * batch))
+    add_up(found)
+    return [values.cpu() for values in found]
 
 
 # Command line
@@ -840,6 +943,11 @@ def find_features(photos, pdn: nn.Module, cfg: Config, cache: Path, device):
                                     lambda images: extract(pdn, images.to(device), cfg.grid).cpu(), cache, shape,
                                     progress=Progress("features", len(photos), "photos"))
 
+    rank, size = processes()
+    if size > 1:                                     # each puts its share into the cache, then all read all of it
+        with contextlib.suppress(data.BadPhotos):
+            compute(photos[rank::size])
+        dist.barrier()
     try:
         return compute(photos), photos, 0
     except data.BadPhotos as error:                  # every bad photo costs a line, not the run
@@ -859,14 +967,16 @@ def train(args) -> int:
                                            if getattr(args, f.name) is not None})
     check_settings(cfg)
     load_pdn(cfg.pdn, args.seeds[0])                 # a wrong file is better named before the twin is drawn
-    root, names = find_data(args)
-    runs = [(group, seed) for group in ([[name] for name in names] if args.separate else [names]) for seed in args.seeds]
-    if args.out and len(runs) > 1:
-        raise InputError(f"--out {args.out}: is the folder of one run, and {len(runs)} are asked for; leave it out")
-    code = max([train_run(args, cfg, root, group, seed, device, len(runs) > 1) for group, seed in runs])
-    if len(runs) > 1:
-        print(f"{len(runs)} runs are done. `python eval.py` takes those that differ in the seed alone as one row, mean ± std, "
-              "and adds the mean over the categories")
+    with joined(device):
+        with first_process_first():
+            root, names = find_data(args)
+        runs = [(group, seed) for group in ([[name] for name in names] if args.separate else [names]) for seed in args.seeds]
+        if args.out and len(runs) > 1:
+            raise InputError(f"--out {args.out}: is the folder of one run, and {len(runs)} are asked for; leave it out")
+        code = max([train_run(args, cfg, root, group, seed, device, len(runs) > 1) for group, seed in runs])
+        if len(runs) > 1:
+            print(f"{len(runs)} runs are done. `python eval.py` takes those that differ in the seed alone as one row, mean ± "
+                  "std, and adds the mean over the categories")
     return code
 
 
@@ -946,14 +1056,17 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
     maps = np.array([torch.stack(pair).numpy() for pair in maps], np.float32).reshape(-1, 2, cfg.grid, cfg.grid)
     content = io.BytesIO()                           # each photo's structural and logical map, for eval.py
     np.savez_compressed(content, path=np.array([row[0] for row in rows]), maps=maps)
-    write_whole(run.folder / "maps.npz", content.getvalue())
-    write_whole(run.folder / "scores.csv", table.getvalue().encode("utf-8", "surrogateescape"))
+    if run.writes:
+        write_whole(run.folder / "maps.npz", content.getvalue())
+        write_whole(run.folder / "scores.csv", table.getvalue().encode("utf-8", "surrogateescape"))
     run.log(stage="score", photos=len(index), seconds=round(time.monotonic() - began, 3))
     run.save(stage="done", optimizer=None)
 
 
 def report(run: Run):
     """What the run's codebooks and scores look like."""
+    if not run.writes:
+        return
     for line in [line for line in run.state["metrics"] if line["stage"] == "hvq"][-1:]:
         health = enumerate(zip(line["codes_used"], line["perplexity"]), 1)
         print("codebooks: " + "; ".join(f"level {level}: {used} codes in use, perplexity {perplexity}"
@@ -997,7 +1110,7 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     known = sorted(state["calibration"])
     if category not in known and (category or len(known) > 1):
         raise InputError(f"--category {category or '(not given)'}: this run knows {', '.join(known)}; name one")
-    cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config)})
+    cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config) if f.name in state["config"]})
     pdn, _ = pdn_from_state(state["pdn"], str(folder))
     hvq, mim = HVQ(cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
     hvq.load_state_dict(state["hvq"])

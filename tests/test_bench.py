@@ -95,8 +95,8 @@ def test_loops_are_read_off_machine_code():
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
 def test_the_long_way_and_ours_agree(tmp_path, codebook):
     """The ratio of --naive is honest only if both sides compute the same: losses, weights after a step, codebooks, scores."""
-    cfg = ladmim.Config(image_size=125, grid=6, codes=16, code_dim=8, hvq_width=32, hvq_heads=2, hvq_dropout=0.0, codebook=codebook,
-                        hvq_batch=3, mim_width=32, mim_heads=2, mim_blocks=2, mim_dropout=0.0, mim_batch=4, masks=5)
+    cfg = ladmim.Config(image_size=125, grid=6, codes=16, code_dim=8, hvq_width=32, hvq_heads=2, hvq_dropout=0.0,
+                        codebook=codebook, hvq_batch=3, mim_width=32, mim_heads=2, mim_blocks=2, mim_dropout=0.0, mim_batch=4, masks=5)
     detector = naive.make_detector(cfg, torch.device("cpu"))
     torch.nn.init.normal_(detector.mim.e)
     torch.nn.init.normal_(detector.mim.p)

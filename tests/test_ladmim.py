@@ -189,6 +189,27 @@ def test_perplexity_against_its_definition():
     assert used[0] == 2 and perplexity[0] == round(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), 1)
 
 
+def test_bf16_searches_codes_in_fp32_and_stays_near(monkeypatch):
+    hvq, mim = models()
+    cfg, h0, searched = dataclasses.replace(SMALL, precision="bf16"), features(4), []
+    monkeypatch.setattr(ladmim, "nearest_code", lambda x, b, real=ladmim.nearest_code: searched.append((x, b)) or real(x, b))
+    with ladmim.in_precision(cfg, h0.device):
+        psi, _, codes = hvq.quantise(hvq.encode(h0))
+        logits = mim(h0, ladmim.draw_masks(cfg, 5, ladmim.seeded(0), scoring=True))
+        rough = hvq.loss(h0)
+    assert psi[0].dtype == torch.bfloat16 and logits.dtype == torch.float32                       # it is at work
+    assert all(x.dtype == b.dtype == torch.float32 for x, b in searched) and len(searched) == 8
+    for level in range(4):
+        distance = torch.cdist(psi[level].double(), hvq.codebooks[level].double())
+        assert torch.equal(distance.argmin(-1), codes[:, level])
+    exact = hvq.loss(h0)
+    assert 0 < abs(float(rough.detach() - exact.detach())) < 0.02 * float(exact.detach())
+    whole, near = scored(SMALL, h0), scored(cfg, h0)
+    for a, b in zip(whole[:2], near[:2]):
+        torch.testing.assert_close(a, b, rtol=0.03, atol=0.0)
+        assert not torch.equal(a, b)
+
+
 # Masks
 
 @settings(max_examples=60, deadline=None)
@@ -471,6 +492,22 @@ def test_other_settings_do_not_overwrite_a_run(trained):
     folder, _ = trained
     result = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--codes", "16", "--out", "run", cwd=folder)
     assert result.returncode == 2 and len(errors_of(result)) == 1 and "codes = 8, asked for 16" in errors_of(result)[0]
+
+
+def test_precision_is_a_setting_of_the_run(tmp_path):
+    make_photos(tmp_path / "photos")
+    train = ("train", "--data", "photos", "--category", "widgets", *QUICK, "--image-size", "125", "--out", "run")
+    assert command(*train, "--precision", "bf16", cwd=tmp_path).returncode == 0
+    result = command(*train, cwd=tmp_path)
+    assert result.returncode == 2 and "precision = bf16, asked for fp32" in result.stderr
+    predicted = command("predict", "photos/widgets/test", "--run", "run", "--json", cwd=tmp_path)
+    expected = {row["path"]: float(row["score"]) for row in csv.DictReader((tmp_path / "run" / "scores.csv").open())}
+    for line in map(json.loads, predicted.stdout.splitlines()):
+        assert line["score"] == pytest.approx(expected[Path(line["path"]).relative_to("photos").as_posix()], rel=0.05, abs=0.05)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    del state["config"]["precision"]                 # as a run from before the option
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    assert command(*train, cwd=tmp_path).returncode == 0
 
 
 def test_multi_class_scores_category_by_category(tmp_path):
