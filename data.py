@@ -44,8 +44,15 @@ TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5
 warnings.filterwarnings("ignore", module=r"PIL\.")   # a file that cannot be read is reported by name instead
 
 
+def printable(text: str) -> str:
+    """The text with line breaks, terminal codes and bytes that are no UTF-8 escaped: file names may hold all of these."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class InputError(Exception):
     """Something the user gave cannot be used; the message is one line that names it and says what to do."""
+    def __str__(self):
+        return printable(super().__str__())
 
 
 class BadPhotos(InputError):

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -579,9 +580,13 @@ def write_whole(path: Path, content: bytes):
 
 
 def load_checkpoint(path: Path) -> dict:
-    state = load_file(path, str(path))
+    state, whole = load_file(path, str(path)), False
     if not isinstance(state, dict) or "format" not in state:
         raise InputError(f"{path}: not a checkpoint of ladmim.py")
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:           # torch writes checksums and reads none
+        whole = file.testzip() is None
+    if not whole:
+        raise InputError(f"{path}: damaged, its checksums do not match; train the run again or restore the file")
     if state["format"] != FORMAT:
         raise InputError(f"{path}: format {state['format']}, this version reads {FORMAT}; use the version that wrote it")
     return state
@@ -966,6 +971,8 @@ def train(args) -> int:
     cfg = Config(**PRESETS[args.preset] | {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)
                                            if getattr(args, f.name) is not None})
     check_settings(cfg)
+    if Path(args.cache).exists() and not Path(args.cache).is_dir():
+        raise InputError(f"--cache {args.cache}: is a file; name a folder")
     load_pdn(cfg.pdn, args.seeds[0])                 # a wrong file is better named before the twin is drawn
     with joined(device):
         with first_process_first():
@@ -998,7 +1005,7 @@ def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device
     check_test_split(photos)
     print(f"data: {root}{' (RENDERED, not photographs)' if rendered else ''}\n{data.count_table(photos)}")
     for warning in data.check_photos(photos, root):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {data.printable(warning)}", file=sys.stderr)
     print(f"backbone: {backbone}; device: {device}", flush=True)
     features, photos, bad = find_features(photos, pdn, cfg, Path(args.cache), device)
     n = sum(photo.split == "train" for photo in photos)
@@ -1141,7 +1148,7 @@ def predict(args) -> int:
                       "s_hvq": round(float(hvq), 4), "s_mim": round(float(mim), 4),
                       "decided": "structural" if hvq >= mim else "logical"}
             print(json.dumps(detail) if args.json else
-                  f"{verdict:7} {total:8.2f}  (structural {hvq:.2f}, logical {mim:.2f})  {path}")
+                  f"{verdict:7} {total:8.2f}  (structural {hvq:.2f}, logical {mim:.2f})  {data.printable(str(path))}")
             if args.heatmap:
                 draw_heat(path, heat, detector.cfg).save(Path(args.heatmap) / f"{name}.png")
         batch.clear()
