@@ -796,9 +796,11 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
 # Scoring
 
 @torch.inference_mode()
-def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 2 ** 27):
+def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 0):
     """What the detectors fail at. h0 (B, N, d0), masks (M, N) -> each token's squared error (B, N) and each mask's L1
-    distance (B, M), equation 12. budget: bytes that one activation of the ViT may take."""
+    distance (B, M), equation 12. budget: bytes that one activation of the ViT may take; by default what a CPU's cache
+    holds, or what fills a GPU."""
+    budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
     step = max(1, budget // (len(h0) * h0.shape[1] * cfg.mim_width * 4))
     with in_precision(cfg, h0.device):
         rebuilt, codes = hvq(h0)

@@ -259,7 +259,7 @@ def test_checkpoints_that_are_none(place, tmp_path):
 
 PREDICT = ("predict", "photos/widgets/test/good", "--run", "run")
 RENDER = ("render", "--out", "twin", "--category", "pushpins")
-DISTILL = ("distill", "--images", "photos/widgets/train/good", "--out", "d.pt", "--teacher", "run/scores.csv", "--device", "cpu")
+DISTILL = ("distill", "--images", "photos/widgets/train/good", "--out", "d.pt", "--teacher", "run/scores.csv")
 WRONG = ["", "x", "-1", "nan", "inf", "1e400", "-0.5", "0x10", "1,5"]
 
 
@@ -284,8 +284,8 @@ def wrong_options():
                  ("--device", "x")):
         yield (*PREDICT, *more)
     for more in (("--images", "none"), ("--images", "run/scores.csv"), ("--teacher", "none"), ("--size", "large"),
-                 ("--start", "none"), ("--precision", "fp8"), *((f"--{name}={value}",) for name in ("steps", "batch", "crop", "lr")
-                                           for value in ("x", "-1", "nan", "inf"))):
+                 ("--start", "none"), ("--precision", "fp8"),
+                 *((f"--{name}={value}",) for name in ("steps", "batch", "crop", "lr") for value in ("x", "-1", "nan", "inf"))):
         yield (*DISTILL, *more)
 
 
