@@ -4,6 +4,7 @@
     python eval.py RUN_OR_FOLDER ...        these only
     python eval.py --standardise test       reproduces the leak of the published code, and says so
     python eval.py --localise               where, too: pixel AUROC, AUPRO, sPRO against the ground-truth masks
+    python eval.py --ablation target --category breakfast_box,juice_bottle --seeds 0-1      the paper's Table 8, and others
     python eval.py RUN --maps DIR           each photo's anomaly map as a TIFF, for MVTec's own evaluation scripts
 
 Reads each run folder's config.json and scores.csv (path,split,kind,label,s_hvq,s_mim,score: one row a validation and a
@@ -616,14 +617,39 @@ def parse(argv):
                         help="split that standardises the scores; test leaks, and every table says so")
     parser.add_argument("--localise", action="store_true", help="pixel AUROC, AUPRO and sPRO as well, some seconds a run")
     parser.add_argument("--maps", type=Path, metavar="DIR", help="write each test photo's anomaly map there, as a TIFF")
+    parser.add_argument("--ablation", choices=("scoring", "combine", "masking", "target", "width", "multi", "calibration", "leak"),
+                        help="train what is missing and print this table; --category, --seeds, --preset and --data as in train")
+    parser.add_argument("--category", default="all")
+    parser.add_argument("--seeds", default="0", help="as in 0-4")
+    parser.add_argument("--preset", choices=("paper", "fast", "tiny"), default="tiny")
+    parser.add_argument("--data")
     parser.add_argument("--json", type=Path, help="default: eval.json in the folder of runs")
     parser.error = refuse                           # one line and exit code 2, like every other error
     return parser.parse_args(argv)
 
 
+def ablate(args) -> int:
+    """One of bench/ablations.py's tables, printed and written beside the runs."""
+    import ladmim                                    # the model imports this file, so the other way round it must wait
+    from bench import ablations
+
+    try:
+        seeds = ladmim.seed_list(args.seeds)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"--seeds: {error}") from None
+    rows = ablations.ablate(args.ablation, args.data, args.preset, args.category, seeds, args.runs)
+    tables = ablations.tables(args.ablation, rows)
+    write_json(args.json or args.runs / f"ablation-{args.ablation}.json", {
+        "records": rows, "tables": [dict(zip(("title", "header", "rows"), table)) for table in tables]})
+    print("\n\n".join([PROTOCOL.format(STANDARDISED), *(markdown(*table) for table in tables)]))
+    return 0
+
+
 def main(argv=None) -> int:
     try:
         args = parse(argv)
+        if args.ablation:
+            return ablate(args)
         folders = find_runs(args.paths or ([args.runs] if args.runs.exists() else []))
         if not folders:
             raise InputError(f"no runs under {', '.join(map(str, args.paths or [args.runs]))}: make one with "
@@ -652,4 +678,5 @@ def main(argv=None) -> int:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")        # a terminal that has no "±" still gets its table
-    sys.exit(main())
+    import eval as this                             # one module, under the name that ladmim.py and bench/ know it by
+    sys.exit(this.main())

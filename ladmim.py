@@ -161,6 +161,7 @@ class Config:
     score_block: float = 92 / 576
     masks: int = 64                                  # M
     mim_score: str = choice("mean", "mean", "calibrated")
+    target: str = choice("histogram", "histogram", "code", "feature", "pixel")   # what the ViT predicts (Table 8)
 
 
 PRESETS = {
@@ -279,6 +280,17 @@ def extract(pdn: nn.Module, images: torch.Tensor, grid: int) -> torch.Tensor:
     x = imagenet(images.permute(0, 3, 1, 2).float().div_(255))
     x = pdn(x.contiguous(memory_format=torch.channels_last))                      # (B, d0, 48, 48)
     return F.avg_pool2d(x, x.shape[-1] // grid).flatten(2).transpose(1, 2)        # (B, N, d0)
+
+
+@torch.inference_mode()
+def patches(images: torch.Tensor, grid: int) -> torch.Tensor:
+    """images (B, H, W, 3) uint8 -> (B, N, 48): where each token's centre lies, 4x4 cells of mean colour, less the patch's mean,
+    divided by its std. What the `pixel` target predicts."""
+    cell = (images.shape[1] - 29) // 4 // grid       # pixels a side; a token is 4 cells a side
+    inner = slice(14, 14 + 4 * cell * grid)          # the outermost tokens' centres lie 14.5 + 2 cells from the photo's edge
+    x = F.avg_pool2d(images[:, inner, inner].permute(0, 3, 1, 2).float(), cell)   # (B, 3, 4 * grid, 4 * grid)
+    x = x.unflatten(3, (grid, 4)).unflatten(2, (grid, 4)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, correction=0, keepdim=True) + 1)   # 1 of 255: flat patches hold noise
 
 
 # Transformer blocks
@@ -516,7 +528,7 @@ def seeded(*key) -> torch.Generator:
 
 class ViT(nn.Module):
     """Predicts, from the visible tokens, the histogram of every level's codes in the masked region: the logical
-    detector."""
+    detector. With another target (Table 8) it predicts for every token its codes, its features or its pixels."""
 
     def __init__(self, cfg: Config, d0: int):
         super().__init__()
@@ -527,10 +539,12 @@ class ViT(nn.Module):
         self.p = nn.Parameter(torch.zeros(width))                                 # prediction token
         self.positions = nn.Parameter(0.02 * torch.randn(cfg.grid ** 2 + 1, width))
         self.blocks = nn.ModuleList(Block(width, cfg.mim_heads, cfg.mim_dropout) for _ in range(cfg.mim_blocks))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, cfg.levels * cfg.codes)
+        self.target, outputs = cfg.target, {"feature": d0, "pixel": 48}.get(cfg.target, cfg.levels * cfg.codes)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
 
     def forward(self, h0, mask):
-        """h0 (B, N, d0), mask (M, N) for all images or (B, M, N) bool -> logits (B, M, L, K)."""
+        """h0 (B, N, d0), mask (M, N) for all images or (B, M, N) bool -> logits (B, M, L, K) of the histogram, or
+        (B, M, N, L * K, d0 or 48) for every token."""
         x = self.embed(h0)[:, None]                                               # (B, 1, N, width)
         mask = mask.expand(len(h0), *mask.shape[-2:])                             # (B, M, N)
         x = torch.where(mask[..., None], self.e, x)                               # (B, M, N, width)
@@ -538,9 +552,30 @@ class ViT(nn.Module):
         x = x.flatten(0, 1)                                                       # (B*M, 1 + N, width)
         for block in self.blocks[:-1]:
             x = block(x)
+        if self.target != "histogram":
+            return self.head(self.norm(self.blocks[-1](x)[:, 1:])).float().unflatten(0, mask.shape[:2])
         # Nothing but p' is read, so in the last block nothing else needs to ask.
         p = self.blocks[-1](x, first=1)[:, 0]                                     # (B*M, width)
         return self.head(self.norm(p)).float().view(*mask.shape[:2], self.levels, self.codes)
+
+
+def mim_error(mim: ViT, h0, mask, codes, pixels=None):
+    """Equation 12: the L1 distance of the predicted histogram from the actual one, summed over the levels, for each mask.
+    With another target (Table 8), the mean over the mask's tokens of the codes' cross-entropy, summed over the levels, or of
+    the squared error of features or pixels.
+
+    h0 (B, N, d0), mask (M, N) or (B, M, N), codes (B, L, N), pixels (B, N, 48) where they are the target -> (B, M)
+    """
+    found = mim(h0, mask)
+    if mim.target == "histogram":
+        return histogram_l1(found, codes, mask).sum(-1)
+    if mim.target == "code":
+        found = found.unflatten(-1, (mim.levels, mim.codes)).permute(0, 4, 1, 2, 3)               # (B, K, M, N, L)
+        truth = codes.long().transpose(1, 2)[:, None].expand(-1, found.shape[2], -1, -1)          # (B, M, N, L)
+        error = F.cross_entropy(found, truth, reduction="none").sum(-1)                           # (B, M, N)
+    else:
+        error = (found - (pixels if mim.target == "pixel" else h0)[:, None]).square().mean(-1)
+    return torch.where(mask, error, 0).sum(-1) / mask.sum(-1)
 
 
 # Training
@@ -741,7 +776,7 @@ def train_hvq(run: Run, cfg: Config, h0, n: int, device) -> HVQ:
     """h0(index) -> (B, N, d0) standardised features of the training photos with those numbers; n photos."""
     torch.manual_seed(run.seed)
     hvq = HVQ(cfg, h0(torch.tensor([0])).shape[-1]).to(device)
-    if run.state["stage"] in ("mim", "done"):
+    if run.state["stage"] in ("hvq taken", "taken whole", "mim", "done"):
         hvq.load_state_dict(run.state["hvq"])
         return hvq.eval().requires_grad_(False)
     sample = seeded(run.seed, "codebooks")
@@ -765,11 +800,11 @@ def train_hvq(run: Run, cfg: Config, h0, n: int, device) -> HVQ:
     return hvq.eval().requires_grad_(False)
 
 
-def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
-    """Equation 12: the L1 distance of the predicted histogram from the actual one, summed over the levels."""
+def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device, pixels=None) -> ViT:
+    """pixels(index) -> (B, N, 48), where they are the target; the rest as in `train_hvq`."""
     torch.manual_seed(run.seed)
     mim = ViT(cfg, h0(torch.tensor([0])).shape[-1]).to(device)
-    if run.state["stage"] == "done":
+    if run.state["stage"] in ("taken whole", "done"):
         mim.load_state_dict(run.state["mim"])
         return mim.eval().requires_grad_(False)
     with torch.inference_mode(), in_precision(cfg, device):                       # HVQ-Trans is frozen: tokenise once
@@ -780,7 +815,7 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
 
         def loss(index):
             with in_precision(cfg, device):
-                return histogram_l1(mim(h0(index), mask[index]), codes[index], mask[index]).sum(-1).mean()
+                return mim_error(mim, h0(index), mask[index], codes[index], pixels and pixels(index)).mean()
         return loss
 
     def lr(epoch):                                   # linear warm-up, then cosine to 1e-6
@@ -796,16 +831,17 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device) -> ViT:
 # Scoring
 
 @torch.inference_mode()
-def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 0):
-    """What the detectors fail at. h0 (B, N, d0), masks (M, N) -> each token's squared error (B, N) and each mask's L1
-    distance (B, M), equation 12. budget: bytes that one activation of the ViT may take; by default what a CPU's cache
-    holds, or what fills a GPU."""
+def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 0, pixels=None):
+    """What the detectors fail at. h0 (B, N, d0), masks (M, N) -> each token's squared error (B, N) and each mask's error
+    (B, M), `mim_error`. budget: bytes that one activation of the ViT may take; by default what a CPU's cache holds, or what
+    fills a GPU."""
     budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
-    step = max(1, budget // (len(h0) * h0.shape[1] * cfg.mim_width * 4))
+    widest = cfg.mim_width if cfg.target == "histogram" else max(cfg.mim_width, mim.head.out_features)
+    step = max(1, budget // (len(h0) * h0.shape[1] * widest * 4))
     with in_precision(cfg, h0.device):
         rebuilt, codes = hvq(h0)
         codes = codes.to(torch.int16)
-        l1 = torch.cat([histogram_l1(mim(h0, part), codes, part).sum(-1) for part in masks.split(step)], 1)
+        l1 = torch.cat([mim_error(mim, h0, part, codes, pixels) for part in masks.split(step)], 1)
     return (h0 - rebuilt).square().mean(-1), l1
 
 
@@ -865,13 +901,13 @@ def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
     return draw_masks(cfg, cfg.masks, seeded(seed, "scoring masks"), scoring=True).to(device)
 
 
-def all_errors(hvq: HVQ, mim: ViT, cfg: Config, h0, index: torch.Tensor, masks, batch: int = 8):
-    """`errors` of the photos numbered by index, h0(index) as in training, on the CPU."""
+def all_errors(hvq: HVQ, mim: ViT, cfg: Config, h0, index: torch.Tensor, masks, pixels=None, batch: int = 8):
+    """`errors` of the photos numbered by index, h0(index) and pixels(index) as in training, on the CPU."""
     progress, (rank, size), starts = Progress("scoring", len(index), "photos"), processes(), range(0, len(index), batch)
     found = [torch.zeros(len(index), columns, device=masks.device) for columns in (cfg.grid ** 2, len(masks))]
     for start in starts[rank::size]:                 # the others' rows stay zero until all are added up
         part = index[start:start + batch]
-        for all_values, values in zip(found, errors(hvq, mim, cfg, h0(part), masks)):
+        for all_values, values in zip(found, errors(hvq, mim, cfg, h0(part), masks, pixels=pixels and pixels(part))):
             all_values[start:start + batch] = values
         progress(min(len(index), start + size * batch))
     add_up(found)
@@ -938,17 +974,22 @@ def find_data(args) -> tuple[Path, list[str]]:
     return root, data.list_categories(root) if asked == ["all"] else asked
 
 
-def find_features(photos, pdn: nn.Module, cfg: Config, cache: Path, device):
-    """-> features (n, N, d0) float16 of the photos that can be read, these photos, and how many could not."""
-    key, shape = hashlib.blake2b(digest_size=16), (cfg.grid ** 2, pdn[-1].out_channels)
-    for weight in pdn.state_dict().values():
+def find_features(photos, cfg: Config, cache: Path, device, pdn: nn.Module | None = None):
+    """-> features (n, N, d0) float16 of the photos that can be read, these photos, and how many could not. Without a PDN,
+    the photos' `patches` (n, N, 48) instead."""
+    key = hashlib.blake2b(digest_size=16)
+    for weight in pdn.state_dict().values() if pdn else ():
         key.update(weight.cpu().contiguous().numpy().tobytes())
-    pdn = pdn.to(device, memory_format=torch.channels_last)
+    key, shape = (f"{key.hexdigest()}-{cfg.grid}", pdn[-1].out_channels) if pdn else (f"patches-{cfg.grid}", 48)
+    pdn = pdn and pdn.to(device, memory_format=torch.channels_last)
+
+    def look(images):
+        return (extract(pdn, images.to(device), cfg.grid) if pdn else patches(images, cfg.grid)).cpu()
 
     def compute(photos):
-        return data.cached_features([photo.path for photo in photos], cfg.image_size, f"{key.hexdigest()}-{cfg.grid}",
-                                    lambda images: extract(pdn, images.to(device), cfg.grid).cpu(), cache, shape,
-                                    progress=Progress("features", len(photos), "photos"))
+        return data.cached_features([photo.path for photo in photos], cfg.image_size, key, look, cache,
+                                    (cfg.grid ** 2, shape),
+                                    progress=Progress("features" if pdn else "patches", len(photos), "photos"))
 
     rank, size = processes()
     if size > 1:                                     # each puts its share into the cache, then all read all of it
@@ -989,6 +1030,31 @@ def train(args) -> int:
     return code
 
 
+# Settings that say how a trained run scores, and those of its ViT: other runs may take over what does not depend on them.
+SCORING = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
+MIM = {"mim_width", "mim_blocks", "mim_heads", "mim_dropout", "mim_epochs", "mim_warmup", "mim_batch", "mim_lr", "mask",
+       "train_ratio", "train_block", "target"}
+
+
+def take_over(run: Run, cfg: Config, source: Path):
+    """Starts a run with what a finished one has learned, as far as their settings agree: HVQ-Trans, or both models."""
+    if not (source / "checkpoint.pt").exists():
+        raise InputError(f"--take {source}: holds no checkpoint.pt; name a finished run")
+    state = load_checkpoint(source / "checkpoint.pt")
+    held = dataclasses.asdict(Config()) | state["config"]
+    differ = {name for name, value in dataclasses.asdict(cfg).items() if held[name] != value}
+    if state["stage"] != "done" or held["seed"] != run.seed or differ - SCORING - MIM or not (
+            torch.equal(state["mean"], run.state["mean"]) and torch.equal(state["std"], run.state["std"])):
+        why = ", ".join(sorted(differ - SCORING - MIM)) or "its photos, backbone or seed, or that it is not finished"
+        raise InputError(f"--take {source}: differs from this run in {why}; leave the option out")
+    whole = not differ - SCORING
+    run.state.update(stage="taken whole" if whole else "hvq taken", hvq=state["hvq"],
+                     metrics=[line for line in state["metrics"] if line["stage"] in ("hvq", "mim" if whole else "hvq")])
+    if whole:
+        run.state["mim"] = state["mim"]
+    run.write_metrics()
+
+
 def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device, one_of_many: bool) -> int:
     """One run: photos, features, both stages, scores, table. one_of_many: if it was finished before, only the table."""
     category = "all" if args.category == "all" and not args.separate else ",".join(names)
@@ -1009,7 +1075,7 @@ def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device
     for warning in data.check_photos(photos, root):
         print(f"warning: {data.printable(warning)}", file=sys.stderr)
     print(f"backbone: {backbone}; device: {device}", flush=True)
-    features, photos, bad = find_features(photos, pdn, cfg, Path(args.cache), device)
+    features, photos, bad = find_features(photos, cfg, Path(args.cache), device, pdn)
     n = sum(photo.split == "train" for photo in photos)
     if features.nbytes < 2 ** 33:                    # more stays where it is, and travels batch by batch
         features = features.to(device)
@@ -1021,10 +1087,16 @@ def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device
                          "--out or delete the folder")
     run.state.update(pdn=pdn.state_dict(), mean=mean.cpu(), std=std.cpu())
     h0 = standardised(features, mean, std, device)
+    pixels = None
+    if cfg.target == "pixel":
+        cells, _, _ = find_features(photos, cfg, Path(args.cache), device)
+        pixels = standardised(cells, torch.zeros(1), torch.ones(1), device)
+    if args.take and not run.state["stage"]:
+        take_over(run, cfg, Path(args.take))
     hvq = train_hvq(run, cfg, h0, n, device)
-    mim = train_mim(run, cfg, hvq, h0, n, device)
+    mim = train_mim(run, cfg, hvq, h0, n, device, pixels)
     if run.state["stage"] != "done":
-        write_scores(run, cfg, root, photos, hvq, mim, h0, device)
+        write_scores(run, cfg, root, photos, hvq, mim, h0, device, pixels)
     report(run)
     return 1 if bad else 0
 
@@ -1039,12 +1111,12 @@ def check_test_split(photos):
             raise InputError(f"{name}: its test split has no {lacks}, or take the test folder away to train without figures")
 
 
-def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, h0, device):
+def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, h0, device, pixels=None):
     """Scores the photos, calibrates each category on its own normals, writes scores.csv and the final checkpoint."""
     began, masks, rows = time.monotonic(), scoring_masks(cfg, run.seed, device), []
     calibrated = "calibrated" in (cfg.hvq_score, cfg.mim_score)
     maps, index = [], torch.tensor([i for i, photo in enumerate(photos) if calibrated or photo.split != "train"])
-    error, l1 = all_errors(hvq, mim, cfg, h0, index, masks)
+    error, l1 = all_errors(hvq, mim, cfg, h0, index, masks, pixels)
     scored = [photos[i] for i in index]
     run.state["calibration"] = {}
     for name in sorted({photo.category for photo in photos}):
@@ -1102,9 +1174,10 @@ class Detector:
         """images (B, H, W, 3) uint8, as data.load_image gives them -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat
         map (B, N), the sum of both standardised maps."""
         c, device = self.calibration, self.mean.device
-        h0 = extract(self.pdn, torch.from_numpy(images).to(device), self.cfg.grid).half().float()  # as it is cached
-        h0 = (h0 - self.mean) / self.std
-        found = (part.cpu() for part in errors(self.hvq, self.mim, self.cfg, h0, self.masks))
+        images = torch.from_numpy(images).to(device)
+        h0 = (extract(self.pdn, images, self.cfg.grid).half().float() - self.mean) / self.std      # halved as in the cache
+        pixels = patches(images, self.cfg.grid).half().float() if self.cfg.target == "pixel" else None
+        found = (part.cpu() for part in errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels=pixels))
         s_hvq, s_mim, *maps = detect(self.cfg, *found, self.masks.cpu(), c)
         return ((s_hvq - c["hvq"][0]) / c["hvq"][1], (s_mim - c["mim"][0]) / c["mim"][1], combine(c, s_hvq, s_mim),
                 combine(c, *maps, part="_map").numpy())
@@ -1429,6 +1502,7 @@ def build_parser() -> argparse.ArgumentParser:
                         "skipped. Runs are independent: a scheduler (xargs -P, a SLURM array) can start each with its own "
                         "--category and --seed")
     p.add_argument("--out", help="run folder (default: runs/DATA/CATEGORY-PRESET-seedN)")
+    p.add_argument("--take", metavar="RUN", help="take over what this finished run has learned, as far as the settings agree")
     p.add_argument("--cache", default="cache", help="folder of cached features (default: cache)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     settings = p.add_argument_group("settings (default: the preset's)")

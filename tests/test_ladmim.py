@@ -347,6 +347,39 @@ def test_score_against_a_plain_loop(hvq_score, mim_score):
             torch.testing.assert_close(mim_map[b, token], losses[cover].mean() if cover.any() else torch.zeros(()))
 
 
+@pytest.mark.parametrize("target", ["code", "feature", "pixel"])
+def test_other_targets_against_a_plain_loop(target):
+    cfg = dataclasses.replace(SMALL, target=target)
+    hvq, mim = models(cfg)
+    h0, pixels, masks = features(2), torch.randn(2, 36, 48), ladmim.draw_masks(cfg, 5, ladmim.seeded(0), scoring=True)
+    _, codes = hvq(h0)
+    error, found = ladmim.errors(hvq, mim, cfg, h0, masks, budget=1, pixels=pixels)
+    for b in range(2):
+        for m in range(5):
+            output = mim(h0[b:b + 1], masks[m:m + 1])[0, 0]                       # (N, L * K, d0 or 48)
+            expected = []
+            for token in masks[m].nonzero()[:, 0]:
+                if target == "code":
+                    p = output[token].double().view(4, 16).softmax(-1)
+                    expected.append(-sum(p[level, codes[b, level, token]].log() for level in range(4)))
+                else:
+                    truth = (h0 if target == "feature" else pixels)[b, token]
+                    expected.append((output[token] - truth).double().pow(2).mean())
+            torch.testing.assert_close(found[b, m].double(), torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [6, 12, 24])
+def test_patches_lie_where_the_tokens_look(grid):
+    image = np.random.default_rng(grid).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+    found = ladmim.patches(torch.from_numpy(image)[None], grid)[0].view(grid, grid, 48)
+    side = 192 // grid                               # of a token in pixels: 4 for each of its positions
+    for row, column in ((0, 0), (1, grid - 1), (grid - 1, 2)):
+        part = image[14 + row * side:14 + (row + 1) * side, 14 + column * side:14 + (column + 1) * side].astype(float)
+        cells = part.reshape(4, side // 4, 4, side // 4, 3).mean((1, 3)).ravel()
+        expected = (cells - cells.mean()) / (cells.std() + 1)
+        np.testing.assert_allclose(found[row, column].numpy(), expected, atol=1e-4)
+
+
 def test_normal_statistics():
     values = np.random.default_rng(0).normal(2, 3, (50, 4))
     mean, std = ladmim.normal_statistics(torch.from_numpy(values))
@@ -450,6 +483,32 @@ def test_a_second_train_only_reports(trained):
     again = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", "run", cwd=folder)
     assert again.returncode == 0 and (folder / "run" / "checkpoint.pt").read_bytes() == before
     assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
+
+
+def test_taking_over_what_a_finished_run_has_learned(trained, tmp_path):
+    folder, _ = trained
+    shutil.copytree(folder / "photos", tmp_path / "photos")
+    def take(*more, out):
+        return command("train", "--data", "photos", "--category", "widgets", *QUICK, "--take", folder / "run", *more, "--out", out,
+                       cwd=tmp_path)
+
+    state = torch.load(folder / "run" / "checkpoint.pt")
+    for out, more, kept, changed in (("pixels", ["--target", "pixel"], ["hvq"], ["mim"]),
+                                     ("mean", ["--hvq-score", "mean", "--masks", "7"], ["hvq", "mim"], [])):
+        result = take(*more, out=out)
+        assert result.returncode == 0, result.stderr
+        found = torch.load(tmp_path / out / "checkpoint.pt")
+        assert all(same(found[name], state[name]) for name in kept) and not any(same(found[n], state[n]) for n in changed)
+        assert [line["stage"] for line in found["metrics"]] == ["hvq"] * 3 + ["mim"] * 3 + ["score"]
+        assert (tmp_path / out / "scores.csv").read_bytes() != (folder / "run" / "scores.csv").read_bytes()
+    rows = {row["path"]: float(row["score"]) for row in csv.DictReader((tmp_path / "pixels" / "scores.csv").open())}
+    asked = command("predict", "photos/widgets/test", "--run", "pixels", "--json", cwd=tmp_path)
+    for line in map(json.loads, asked.stdout.splitlines()):
+        assert abs(line["score"] - rows[line["path"].removeprefix("photos/")]) < 2e-3
+    refused = take("--commitment", "0.5", out="other")
+    assert refused.returncode == 2 and "commitment" in refused.stderr and len(errors_of(refused)) == 1
+    assert command("train", "--data", "photos", "--category", "widgets", *QUICK, "--take", "nowhere", "--out", "x",
+                   cwd=tmp_path).returncode == 2
 
 
 def same(a, b):
