@@ -38,6 +38,7 @@ MVTEC_AD = {"bottle", "cable", "capsule", "carpet", "grid", "hazelnut", "leather
             "toothbrush", "transistor", "wood", "zipper"}
 ANY = "any defect"                                  # the column of data sets whose defects have other names than LOCO's
 DETECTORS = {"hvq": "HVQ alone", "mim": "MIM alone", "both": "both"}
+BOUND = "F1-max, chosen on the test set: a bound"
 PERCENTILE = 95                                     # of the validation normals' scores: above it, an image is flagged
 REPORTED = Path(__file__).parent / "bench" / "reported_results.json"
 LEAKS = ("LEAKS: scores standardised with mean and std of the whole test set, anomalies included; to compare with the "
@@ -86,6 +87,13 @@ def place(tokens, image_size: int, height: int, width: int) -> np.ndarray:
     rows, columns = (((np.arange(n) + 0.5) * image_size / n - 16.5 - 2 * (step - 1)) / (4 * step) for n in (height, width))
     weight = [np.maximum(0, 1 - np.abs(np.clip(at, 0, grid - 1)[:, None] - np.arange(grid))) for at in (rows, columns)]
     return (weight[0] @ np.asarray(tokens, np.float64) @ weight[1].T).astype(np.float32)
+
+
+def overlay(photo: Image.Image, tokens, image_size: int) -> Image.Image:
+    """The photo with what is unlike the validation normals in red: clear from 3 standard deviations, full from 12."""
+    heat = place(tokens, image_size, photo.height, photo.width)
+    glow = Image.fromarray((np.clip((heat - 3) / 9, 0, 1) * 180).astype(np.uint8))
+    return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
 
 
 def components(mask) -> list[np.ndarray]:
@@ -259,6 +267,23 @@ def anomaly_groups(kinds) -> dict[str, list[str]]:
     return {ANY: anomalies, **{kind: [kind] for kind in anomalies}}
 
 
+def best_f1(anomaly, scores) -> float:
+    """The threshold of the highest F1 score: its choice needs the labels, so its figures are a bound, not a forecast."""
+    anomaly, scores = np.asarray(anomaly, bool), np.asarray(scores, np.float64)
+    values = np.unique(scores)                       # flagged is what reaches a value
+    hits = anomaly.sum() - np.searchsorted(np.sort(scores[anomaly]), values)
+    flagged = len(scores) - np.searchsorted(np.sort(scores), values)
+    return float(np.nextafter(values[np.argmax(2 * hits / (flagged + anomaly.sum()))], -np.inf))
+
+
+def interval(wrong, resamples: int = 2000) -> tuple[float, float]:
+    """wrong (n,): how often each of n images was judged wrongly -> 95 % confidence interval of their mean, by bootstrap over
+    the images."""
+    wrong, rng = np.asarray(wrong, np.float64), np.random.default_rng(0)
+    means = wrong[rng.integers(len(wrong), size=(resamples, len(wrong)))].mean(1)
+    return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+
+
 def evaluate(run: Run, category: str, over: str = "validation") -> dict:
     """One category of a run -> its record: who it is, each detector's AUROCs, error rates at the threshold.
 
@@ -280,7 +305,13 @@ def evaluate(run: Run, category: str, over: str = "validation") -> dict:
               "settings": {key: value for key, value in run.config.items() if key not in NOT_SETTINGS},
               "images": {kind: int((run.kind[test] == kind).sum()) for kind in sorted(set(run.kind[test]))},
               "columns": (ANY,) if ANY in groups else ("logical", "structural", "average"), "missed": {}}
-    flagged = both[test] > np.percentile(both[normals], PERCENTILE)
+    thresholds = {f"{p}th percentile": np.percentile(both[normals], p) for p in (PERCENTILE, 99)}
+    thresholds[BOUND] = best_f1(~good, both[test])
+    record["wrong"] = {name: {kind: (~over if kind != "good" else over).astype(int).tolist() for kind, over in
+                              {"good": both[test][good] > t, **{kind: both[test][np.isin(run.kind[test], kinds)] > t
+                                                                for kind, kinds in groups.items()}}.items()}
+                       for name, t in thresholds.items()}
+    flagged = both[test] > thresholds[f"{PERCENTILE}th percentile"]
     record["false alarms"] = {"good": float(flagged[good].mean())}
     for detector, s in {"hvq": run.s_hvq[test], "mim": run.s_mim[test], "both": both[test]}.items():
         record[detector] = {}
@@ -430,10 +461,12 @@ def tell_apart(records: list[dict]) -> tuple[list[dict], list[str]]:
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure in a table: mean, sample std over seeds (None: there is none), number of seeds (None: unknown)."""
+    """A figure in a table: mean, sample std over seeds (None: there is none), number of seeds (None: unknown), and a 95 %
+    confidence interval where there is one."""
     mean: float
     std: float | None = None
     seeds: int | None = None
+    interval: tuple[float, float] | None = None
 
 
 def spread(records: list[dict], part: str, name: str) -> Spread | None:
@@ -465,6 +498,19 @@ def result_rows(records, columns):
     means = [(group, rs) for group, rs in grouped(records, *GROUP).items() if len(grouped(rs, "category")) > 1]
     return ([row(category, group, rs) for (category, *group), rs in grouped(records, "category", *GROUP).items()]
             + [row(f"mean of {len(grouped(rs, 'category'))}", group, rs) for group, rs in means])
+
+
+def threshold_rows(records):
+    """A row a category and threshold: the share of images judged wrongly, averaged over seeds image by image."""
+    rows = []
+    for (category, *group), rs in grouped(records, "category", *GROUP).items():
+        for name in rs[0]["wrong"]:
+            cells = []
+            for kind in ["good", *(column for column in rs[0]["columns"] if column != "average")]:
+                wrong = np.mean([r["wrong"][name][kind] for r in rs], 0)          # (images,)
+                cells.append(Spread(float(wrong.mean()), seeds=len(rs), interval=interval(wrong)))
+            rows.append([category, *group, seeds(rs), name, *cells])
+    return rows
 
 
 def defect_rows(records):
@@ -556,6 +602,8 @@ def all_tables(records: list[dict]) -> list[tuple]:
         tables.append((f"{title}: errors % at the {PERCENTILE}th percentile of the validation normals' scores",
                        key + ["false alarms", *(f"missed {name}" for name in missed)],
                        result_rows(rs, [("false alarms", "good"), *(("missed", name) for name in missed)])))
+        tables.append((f"{title}: errors % at three thresholds, with 95 % confidence intervals (bootstrap over images)",
+                       key + ["threshold", "false alarms", *(f"missed {name}" for name in missed)], threshold_rows(rs)))
         tables += (loco_tables if loco else mvtec_ad_tables)(rs, title, paper)
     return tables
 
@@ -564,6 +612,8 @@ def cell_text(cell) -> str:
     if isinstance(cell, list):
         return " / ".join(map(cell_text, cell))
     if isinstance(cell, Spread):
+        if cell.interval:
+            return f"{100 * cell.mean:.1f} [{100 * cell.interval[0]:.1f}, {100 * cell.interval[1]:.1f}]"
         return f"{100 * cell.mean:.1f}" + ("" if cell.std is None else f" ± {100 * cell.std:.1f}")
     return "–" if cell is None else cell
 
@@ -624,6 +674,7 @@ def parse(argv):
     parser.add_argument("--preset", choices=("paper", "fast", "tiny"), default="tiny")
     parser.add_argument("--data")
     parser.add_argument("--json", type=Path, help="default: eval.json in the folder of runs")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="default: eval.html in the folder of runs")
     parser.error = refuse                           # one line and exit code 2, like every other error
     return parser.parse_args(argv)
 
@@ -663,6 +714,8 @@ def main(argv=None) -> int:
         if args.maps:
             write_maps(folders, args.maps)
         banner = LEAKS if args.standardise == "test" else ""
+        from bench import report                     # it needs the model, and the model this file
+        report.write(args.report or args.runs / "eval.html", tables, records, banner)
         write_json(args.json or args.runs / "eval.json", {
             "standardise": args.standardise, "problems": problems, "records": records,
             "tables": [dict(zip(("banner", "title", "header", "rows"), (banner, *table))) for table in tables]})

@@ -1170,13 +1170,18 @@ class Detector:
     calibration: dict
 
     @torch.inference_mode()
+    def look(self, images: np.ndarray):
+        """images (B, H, W, 3) uint8, as data.load_image gives them -> h0 (B, N, d0), pixels (B, N, 48) if they are the
+        target; both halved as in the cache."""
+        images = torch.from_numpy(images).to(self.mean.device)
+        h0 = (extract(self.pdn, images, self.cfg.grid).half().float() - self.mean) / self.std
+        return h0, patches(images, self.cfg.grid).half().float() if self.cfg.target == "pixel" else None
+
+    @torch.inference_mode()
     def __call__(self, images: np.ndarray):
-        """images (B, H, W, 3) uint8, as data.load_image gives them -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat
-        map (B, N), the sum of both standardised maps."""
-        c, device = self.calibration, self.mean.device
-        images = torch.from_numpy(images).to(device)
-        h0 = (extract(self.pdn, images, self.cfg.grid).half().float() - self.mean) / self.std      # halved as in the cache
-        pixels = patches(images, self.cfg.grid).half().float() if self.cfg.target == "pixel" else None
+        """images as for `look` -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat map (B, N), the sum of both standardised
+        maps."""
+        c, (h0, pixels) = self.calibration, self.look(images)
         found = (part.cpu() for part in errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels=pixels))
         s_hvq, s_mim, *maps = detect(self.cfg, *found, self.masks.cpu(), c)
         return ((s_hvq - c["hvq"][0]) / c["hvq"][1], (s_mim - c["mim"][0]) / c["mim"][1], combine(c, s_hvq, s_mim),
@@ -1242,12 +1247,10 @@ def predict(args) -> int:
 
 
 def draw_heat(path: Path, heat: np.ndarray, cfg: Config) -> Image.Image:
-    """The photo with what is unlike the validation normals in red: clear from 3 standard deviations, full from 12."""
+    """The photo, at most 1024 pixels a side, under its heat map (N,)."""
     photo = data.open_image(path)
     photo.thumbnail((1024, 1024))
-    heat = evaluation.place(heat.reshape(cfg.grid, cfg.grid), cfg.image_size, photo.height, photo.width)
-    glow = Image.fromarray((np.clip((heat - 3) / 9, 0, 1) * 180).astype(np.uint8))
-    return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
+    return evaluation.overlay(photo, heat.reshape(cfg.grid, cfg.grid), cfg.image_size)
 
 
 # Distillation of the backbone
