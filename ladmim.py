@@ -789,6 +789,10 @@ def train_hvq(run: Run, cfg: Config, h0, n: int, device) -> HVQ:
 
     def end_epoch(epoch):
         used, perplexity = hvq.health()
+        dead = [level for level, codes in enumerate(used, 1) if codes == 1 < cfg.codes]
+        if dead:                                     # its histogram is always the same, so nothing can be learned from it
+            raise InputError(f"hvq training: level {dead[0]} uses one code of {cfg.codes} in epoch {epoch + 1}; the last good "
+                             "checkpoint is kept; try --codebook ema, a smaller --hvq-lr or more training photos")
         if epoch < 0.8 * cfg.hvq_epochs - 1:         # later, a new code could not settle any more
             generator = seeded(run.seed, "revive", epoch)
             hvq.revive(h0(torch.randperm(n, generator=generator)[:cfg.hvq_batch]), generator)

@@ -1,5 +1,6 @@
 """What must not be lost: kills at any moment, a full disk, two trainings in one folder."""
 import json
+import math
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ from test_ladmim import QUICK, command, errors_of, make_photos, same
 import ladmim
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
+SMALL_PHOTOS = ("--image-size", "125")
 EPOCHS = ("--hvq-epochs", "10", "--mim-epochs", "10")
 
 # Imports once, then forks a training for each kill: starting Python and torch anew would be most of the test.
@@ -150,3 +152,67 @@ def test_the_second_ctrl_c_stops_at_once():
         assert asked
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("went on")
+
+
+def test_same_seed_same_bits_whatever_the_workers_and_the_cache(tmp_path, monkeypatch):
+    make_photos(tmp_path / "photos")
+    states = []
+    for workers, cache in ((1, "a"), (7, "b"), (3, "a")):                         # the third one finds all features cached
+        monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
+        out = f"run{workers}"
+        assert command("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--cache", cache, "--out", out,
+                       cwd=tmp_path).returncode == 0
+        state = torch.load(tmp_path / out / "checkpoint.pt")
+        states.append({name: state[name] for name in ("hvq", "mim", "mean", "std", "calibration")})
+        states[-1]["scores"] = (tmp_path / out / "scores.csv").read_bytes()
+    assert same(states[0], states[1]) and same(states[0], states[2])
+    other = command("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--seed", "1", "--out", "other", cwd=tmp_path)
+    assert other.returncode == 0 and (tmp_path / "other" / "scores.csv").read_bytes() != states[0]["scores"]
+
+
+def test_an_exploding_loss_keeps_the_last_good_checkpoint(tmp_path):
+    make_photos(tmp_path / "photos")
+    asked = ("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--out", "run")
+    real, saves = ladmim.HVQ.loss, []
+
+    def explode(self, h0):
+        saves.append(1)
+        return real(self, h0) * (math.inf if len(saves) > 5 else 1)               # three or four batches an epoch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ladmim.HVQ, "loss", explode)
+        fit = ladmim.fit
+        patch.setattr(ladmim, "fit", lambda *rest: fit(*rest, save_every=0))
+        result = command(*asked, cwd=tmp_path)
+    assert result.returncode == 2 and len(errors_of(result)) == 1 and "epoch 2" in result.stderr, result.stderr
+    state = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["hvq"].values())
+    assert command(*asked, cwd=tmp_path).returncode == 0                          # and it can be gone on with
+
+
+def test_a_dead_codebook_is_caught_in_its_epoch(tmp_path, monkeypatch):
+    make_photos(tmp_path / "photos")
+    real, calls = ladmim.HVQ.health, []
+
+    def die(self):
+        calls.append(1)
+        if len(calls) == 2:
+            self.used[2, 1:] = 0
+            self.used[2, 0] = 7
+        return real(self)
+
+    monkeypatch.setattr(ladmim.HVQ, "health", die)
+    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2 and len(errors_of(result)) == 1
+    assert "level 3 uses one code of 8 in epoch 2" in result.stderr
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path):
+    make_photos(tmp_path / "photos")
+    pdn = ladmim.build_pdn("small")
+    with torch.no_grad():
+        pdn[-1].bias[5] = math.nan
+    torch.save(pdn.state_dict(), tmp_path / "nan.pt")
+    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--pdn", "nan.pt", "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2 and len(errors_of(result)) == 1 and "not finite" in result.stderr
+    assert not (tmp_path / "run").exists()
