@@ -5,6 +5,7 @@
     python eval.py --standardise test       reproduces the leak of the published code, and says so
     python eval.py --localise               where, too: pixel AUROC, AUPRO, sPRO against the ground-truth masks
     python eval.py --ablation target --category breakfast_box,juice_bottle --seeds 0-1      the paper's Table 8, and others
+    python eval.py RUN --baselines          PatchCore, EfficientAD-S and PUAD trained on the same photos and features
     python eval.py RUN --maps DIR           each photo's anomaly map as a TIFF, for MVTec's own evaluation scripts
 
 Reads each run folder's config.json and scores.csv (path,split,kind,label,s_hvq,s_mim,score: one row a validation and a
@@ -669,6 +670,7 @@ def parse(argv):
     parser.add_argument("--maps", type=Path, metavar="DIR", help="write each test photo's anomaly map there, as a TIFF")
     parser.add_argument("--ablation", choices=("scoring", "combine", "masking", "target", "width", "multi", "calibration", "leak"),
                         help="train what is missing and print this table; --category, --seeds, --preset and --data as in train")
+    parser.add_argument("--baselines", action="store_true", help="train PatchCore, EfficientAD-S and PUAD beside each run")
     parser.add_argument("--category", default="all")
     parser.add_argument("--seeds", default="0", help="as in 0-4")
     parser.add_argument("--preset", choices=("paper", "fast", "tiny"), default="tiny")
@@ -677,6 +679,22 @@ def parse(argv):
     parser.add_argument("--report", type=Path, metavar="FILE", help="default: eval.html in the folder of runs")
     parser.error = refuse                           # one line and exit code 2, like every other error
     return parser.parse_args(argv)
+
+
+def compare(folders: list[Path], args) -> int:
+    """bench/baselines.py's table of these runs, printed and written beside them."""
+    from bench import baselines
+
+    records = []
+    for folder in folders:
+        run = read_run(folder)
+        for category in sorted(set(run.category.tolist())):
+            records += baselines.compare(run, category, Path("cache"))
+    tables = [baselines.table(rs) for rs in grouped(records, "data", "rendered", "preset", "columns").values()]
+    write_json(args.json or args.runs / "baselines.json", {
+        "records": records, "tables": [dict(zip(("title", "header", "rows"), table)) for table in tables]})
+    print("\n\n".join([PROTOCOL.format(STANDARDISED), *(markdown(*table) for table in tables)]))
+    return 0
 
 
 def ablate(args) -> int:
@@ -705,6 +723,8 @@ def main(argv=None) -> int:
         if not folders:
             raise InputError(f"no runs under {', '.join(map(str, args.paths or [args.runs]))}: make one with "
                              "`python ladmim.py train --category breakfast_box`")
+        if args.baselines:
+            return compare(folders, args)
         records, problems = evaluate_runs(folders, args.standardise)
         records, repeats = tell_apart(records)
         problems, tables = problems + repeats, all_tables(records)

@@ -1,7 +1,7 @@
 """The HTML report of eval.py: the tables, and what the detectors saw. One file, no scripts, nothing from elsewhere.
 
-For each category the run with the lowest seed is shown: ROC curves, score histograms, every test photo with both maps, the worst
-mistakes with the mask that saw most and its histograms (the paper's Figure 5), and the codes of all levels (Figure 4).
+For each category the run with the lowest seed is shown: ROC curves, score histograms, every test photo with both maps, the
+worst mistakes with the mask that saw most and its histograms (the paper's Figure 5), and the codes of all levels (Figure 4).
 """
 from __future__ import annotations
 
@@ -22,16 +22,19 @@ import ladmim
 from data import InputError
 
 MARK = "<!-- made by LADMIM's eval.py -->"
-PAGE = """<!doctype html>{mark}<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>LADMIM report</title><style>
+PAGE = """<!doctype html>{mark}<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>LADMIM report</title><style>
 body{{background:#14161a;color:#d8dce2;font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1200px;padding:0 1rem 4rem}}
 h1,h2,h3{{color:#f2f4f7;line-height:1.2;overflow-wrap:anywhere}} h2{{margin-top:3rem}} a{{color:#8ab4f8}}
-.wide{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.85rem}} caption{{text-align:left;padding:.6rem 0;font-weight:600}}
+.wide{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.85rem}} .title{{margin:1.5rem 0 .3rem;font-weight:600}}
 td,th{{border-bottom:1px solid #333a44;padding:.25rem .7rem;text-align:left;white-space:nowrap}}
 .grid{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.8rem}}
-figure{{margin:0;background:#1d2026;border-radius:.5rem;padding:.6rem;overflow:hidden}} figcaption{{font-size:.85rem;overflow-wrap:anywhere}}
-figure img{{max-width:100%;height:auto;border-radius:.2rem}} .row{{display:flex;gap:.3rem;flex-wrap:wrap}} .three img{{width:32%}}
-.wrong{{outline:2px solid #ff6b5e}} .leak{{background:#5e1b14;padding:.6rem}} summary{{cursor:pointer;padding:.6rem 0;font-weight:600}}
+figure{{margin:0;background:#1d2026;border-radius:.5rem;padding:.6rem;overflow:hidden}}
+figcaption{{font-size:.85rem;overflow-wrap:anywhere}}
+figure img{{max-width:100%;height:auto;border-radius:.2rem}}
+.row{{display:flex;gap:.3rem;flex-wrap:wrap}} .three img{{width:32%}}
+.wrong{{outline:2px solid #ff6b5e}} .leak{{background:#5e1b14;padding:.6rem}}
+summary{{cursor:pointer;padding:.6rem 0;font-weight:600}}
 </style><h1>LADMIM report</h1><p>{protocol}</p>{body}</html>
 """
 INK, PAPER, LINE, BLUE, ORANGE, RED = "#d8dce2", "#1d2026", "#4a525e", "#6aa5f0", "#f0a850", "#ff6b5e"
@@ -55,7 +58,7 @@ def html_table(title: str, header: list, rows: list) -> str:
     def line(cells, tag):
         return "<tr>" + "".join(f"<{tag}>{html.escape(evaluation.cell_text(cell))}</{tag}>" for cell in cells) + "</tr>"
     body = "".join(line(row, "td") for row in rows)
-    return f'<div class="wide"><table><caption>{html.escape(title)}</caption>{line(header, "th")}{body}</table></div>'
+    return f'<p class="title">{html.escape(title)}</p><div class="wide"><table>{line(header, "th")}{body}</table></div>'
 
 
 # Plots
@@ -90,7 +93,8 @@ def score_plot(groups: dict, threshold: float) -> Image.Image:
         bottom = 85 + 80 * row
         for i, n in enumerate(count):
             if n:
-                draw.rectangle((10 + 8 * i, bottom - 55 * n / count.max(), 16 + 8 * i, bottom), BLUE if "good" in name else ORANGE)
+                colour = BLUE if "good" in name else ORANGE
+                draw.rectangle((10 + 8 * i, bottom - 55 * n / count.max(), 16 + 8 * i, bottom), colour)
         draw.text((10, bottom - 76), name, INK, font)
     at = 10 + 320 * (threshold - edges[0]) / (edges[-1] - edges[0])
     draw.line((at, 6, at, image.height - 20), RED, 2)
@@ -106,14 +110,15 @@ def histogram_plot(p, q) -> Image.Image:
     for level, (predicted, actual) in enumerate(zip(p, q)):
         bottom, shown = 76 + 62 * level, np.argsort(-np.maximum(predicted, actual))[:16]
         for i, code in enumerate(np.sort(shown)):
-            for value, left, colour in ((predicted[code], 0, BLUE), (actual[code], 9, ORANGE)):
-                draw.rectangle((6 + 21 * i + left, bottom - 48 * value / max(p.max(), q.max()), 13 + 21 * i + left, bottom), colour)
+            for value, left, colour in ((predicted[code], 6 + 21 * i, BLUE), (actual[code], 15 + 21 * i, ORANGE)):
+                draw.rectangle((left, bottom - 48 * value / max(p.max(), q.max()), left + 7, bottom), colour)
     return image
 
 
 def code_map(codes, count: int) -> Image.Image:
     """codes (g, g) -> a colour for each of `count` codes, neighbours in number far apart in hue."""
-    colours = np.array([colorsys.hsv_to_rgb(i * 0.618 % 1, 0.55 + 0.45 * (i % 3) / 2, 0.95 - 0.4 * (i % 2)) for i in range(count)])
+    colours = np.array([colorsys.hsv_to_rgb(i * 0.618 % 1, 0.55 + 0.45 * (i % 3) / 2, 0.95 - 0.4 * (i % 2))
+                        for i in range(count)])
     return Image.fromarray((255 * colours[codes]).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 
@@ -130,8 +135,8 @@ def masked(photo: Image.Image, mask) -> Image.Image:
 
 
 @torch.inference_mode()
-def mistake(detector: ladmim.Detector, path: Path, caption: str) -> str:
-    """The paper's Figure 5: a photo, the mask that saw most, and the histograms it compared."""
+def mistake(detector: ladmim.Detector, path: Path, heat, caption: str) -> str:
+    """The paper's Figure 5: a photo, its heat map (g, g), the mask that saw most, and the histograms it compared."""
     cfg, c = detector.cfg, detector.calibration
     h0, pixels = detector.look(data.load_image(path, cfg.image_size)[None])
     _, codes = detector.hvq(h0)
@@ -139,7 +144,9 @@ def mistake(detector: ladmim.Detector, path: Path, caption: str) -> str:
     if "masks" in c:
         error = (error - c["masks"][0]) / c["masks"][1]
     mask = detector.masks[error.argmax()]
-    pictures = [picture(thumbnail(path), "photo"), picture(masked(thumbnail(path), mask.view(cfg.grid, -1).numpy()), "its mask")]
+    photo = thumbnail(path)
+    pictures = [picture(photo, "photo"), picture(evaluation.overlay(photo, heat, cfg.image_size), "heat map"),
+                picture(masked(photo, mask.view(cfg.grid, -1).numpy()), "the mask that saw most")]
     if cfg.target == "histogram":
         p = detector.mim(h0, mask[None])[0, 0].softmax(-1).numpy()                # (L, K)
         q = np.array([np.bincount(level[mask], minlength=cfg.codes) for level in codes[0].numpy()]) / int(mask.sum())
@@ -152,7 +159,7 @@ def code_section(detector: ladmim.Detector, photos: list, root: Path, category: 
     """The paper's Figure 4 over some of the photos: code maps, patches that share a code, and how codes meet defects."""
     cfg, defects = detector.cfg, data.load_defects(root, category)
     good, bad = ([photo for photo in photos if bool(photo.label) is label] for label in (False, True))
-    good, bad = good[:16], [photo for photo in bad if photo.masks][::max(1, len(bad) // 24)][:24]
+    good, bad = good[:8], [photo for photo in bad if photo.masks][::max(1, len(bad) // 12)][:12]
     images = np.stack([data.load_image(photo.path, cfg.image_size) for photo in good + bad])
     codes = torch.cat([detector.hvq(detector.look(part)[0])[1] for part in np.array_split(images, max(1, len(images) // 8))])
     codes = codes.view(len(images), cfg.levels, cfg.grid, cfg.grid).numpy()
@@ -185,8 +192,8 @@ def code_section(detector: ladmim.Detector, photos: list, root: Path, category: 
         rows.append([str(level + 1), f"{100 * collisions / tokens:.0f} %" if tokens else "–",
                      f"{np.mean(kinds):.1f}" if kinds else "–", str(len(known))])
     parts.append("</div>" + html_table(
-        f"Codes against ground truth, {len(good)} good photos and {len(bad)} anomalies. Collision: defect tokens whose code good "
-        "photos carry too. Redundancy: different codes within one photo's defects.",
+        f"Codes against ground truth, {len(good)} good photos and {len(bad)} anomalies. Collision: defect tokens whose code "
+        "good photos carry too. Redundancy: different codes within one photo's defects.",
         ["level", "collision", "redundancy", "codes in good photos"], rows) + "<div>")
     return f'<h3>Codes</h3><div class="grid">{"".join(parts)}</div>'
 
@@ -199,7 +206,8 @@ def category_section(run: evaluation.Run, category: str) -> str:
     both = sum(evaluation.standardise(s, s[normals]) for s in (run.s_hvq, run.s_mim))
     threshold, kind = np.percentile(both[normals], evaluation.PERCENTILE), run.kind[own & run.test]
     tested, curves = both[own & run.test], {}
-    for name, kinds in evaluation.anomaly_groups(kind).items():
+    groups = evaluation.anomaly_groups(kind)
+    for name, kinds in groups.items() if evaluation.ANY not in groups else [(evaluation.ANY, groups[evaluation.ANY])]:
         pick = np.isin(kind, ["good", *kinds])
         curves[name] = (kind != "good")[pick].astype(int), tested[pick]
     plots = [figure([picture(roc_plot(curves), "ROC curves", False)], "ROC curves, AUROC %"),
@@ -219,13 +227,14 @@ def category_section(run: evaluation.Run, category: str) -> str:
     detector = ladmim.load_detector(run.folder, category, torch.device("cpu"))
     alarms = [photo for photo in ranked if not photo.label and score[photo.path] > threshold][:3]
     misses = [photo for photo in reversed(ranked) if photo.label and score[photo.path] <= threshold][:3]
-    wrong = [mistake(detector, photo.path, f"{words}: {photo.kind}/{photo.path.name}, score {score[photo.path]:.2f} against "
-                                           f"{threshold:.2f}")
+    wrong = [mistake(detector, photo.path, maps[photo.path.relative_to(root).as_posix()]["sum"],
+                     f"{words}: {photo.kind}/{photo.path.name}, score {score[photo.path]:.2f} against {threshold:.2f}")
              for words, found in (("missed", misses), ("false alarm", alarms)) for photo in found]
-    return (f'<h3>Scores</h3><div class="grid">{"".join(plots)}</div><h3>Worst mistakes</h3><div class="grid">{"".join(wrong)}</div>'
-            + code_section(detector, photos, root, category)
-            + f"<details><summary>All {len(photos)} test photos by score: photo, structural map, logical map; wrong verdicts framed"
-              f'</summary><div class="grid">{"".join(cards)}</div></details>')
+    return (f'<h3>Scores</h3><div class="grid">{"".join(plots)}</div>'
+            f'<h3>Worst mistakes</h3><div class="grid">{"".join(wrong)}</div>'
+            f"{code_section(detector, photos, root, category)}"
+            f"<details><summary>All {len(photos)} test photos by score: photo, structural map, logical map; wrong verdicts "
+            f'framed</summary><div class="grid">{"".join(cards)}</div></details>')
 
 
 def write(file: Path, tables: list[tuple], records: list[dict], banner: str) -> None:

@@ -7,14 +7,16 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import f1_score
+from sklearn.neighbors import NearestNeighbors
 
 import data
 import eval as evaluation
 import ladmim
-from bench import ablations, report
+from bench import baselines, report
 from test_eval import make_run
 from test_ladmim import command
 
@@ -178,3 +180,45 @@ def test_roc_plot_draws_the_curve():
     for sign, x, y in ((1, 30, 10), (-1, 330, 310)):
         image = np.array(report.roc_plot({"x": (labels, sign * scores)}))
         assert (image[40:280, x] == blue).all(-1).all() and (image[y, 60:300] == blue).all(-1).all()
+
+
+def test_patchcore_against_a_plain_loop():
+    """With the whole memory, where the coreset leaves nothing out: nearest neighbours by scikit-learn."""
+    rng = np.random.default_rng(0)
+    h0 = torch.from_numpy(rng.normal(size=(9, 16, 24))).float()
+    parts = {"train": torch.arange(5), "validation": torch.arange(5, 7), "test": torch.arange(7, 9)}
+    found = baselines.patchcore(lambda index: h0[index], parts, 4, share=1.0)
+    square = h0.view(9, 4, 4, 24).numpy()
+    seen = np.stack([[[square[b, max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean((0, 1)) for j in range(4)] for i in range(4)]
+                     for b in range(9)]).reshape(9, 16, 24)
+    bank = seen[:5].reshape(-1, 24)
+    search = NearestNeighbors(n_neighbors=9).fit(bank)
+    for b, value in zip((5, 6, 7, 8), [*found.validation, *found.test]):
+        distance, at = search.kneighbors(seen[b], 1)
+        worst = distance[:, 0].argmax()
+        others = np.linalg.norm(bank[search.kneighbors(bank[at[worst]], 9)[1][0]] - seen[b, worst], axis=1)
+        expected = distance[worst, 0] * (1 - np.exp(distance[worst, 0]) / np.exp(others).sum())
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_coreset_covers_the_memory_better_than_chance():
+    """Two far-apart clusters, one of them rare: a tenth chosen greedily holds both."""
+    h0 = torch.randn(4, 25, 8, generator=torch.Generator().manual_seed(0))
+    h0[3, 12] += 100
+    parts = {"train": torch.arange(4), "validation": torch.tensor([3]), "test": torch.tensor([3])}
+    assert baselines.patchcore(lambda index: h0[index], parts, 5).test[0] < 5
+
+
+def test_baselines_beside_a_run(small, monkeypatch, capsys):
+    monkeypatch.setattr(baselines, "STEPS", {"cpu": 2, "cuda": 2})
+    for seed in (0, 1):
+        assert command("train", "--data", "twin", "--category", "juice_bottle", "--preset", "tiny", "--seed", seed, "--image-size", "125",
+                       "--out", f"two/run{seed}").returncode == 0
+    assert evaluation.main(["two", "--baselines"]) == 0
+    found = json.loads(open("runs/baselines.json").read())
+    assert [row[0].split(",")[0] for row in found["tables"][0]["rows"]] == ["EfficientAD-S", "LADMIM", "PUAD", "PatchCore"]
+    ours = [evaluation.evaluate(evaluation.read_run(small / f"two/run{seed}"), "juice_bottle")["both"] for seed in (0, 1)]
+    assert [r["both"] for r in found["records"] if r["system"] == "LADMIM"] == ours
+    assert all(0 <= r["both"]["average"] <= 1 and r["train"] > 0 and r["image"] > 0 for r in found["records"])
+    assert len({r["both"]["average"] for r in found["records"]}) > 4
+    capsys.readouterr()

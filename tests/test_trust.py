@@ -14,7 +14,7 @@ from test_ladmim import QUICK, command, errors_of, make_photos, same
 import ladmim
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
-SMALL_PHOTOS = ("--image-size", "125")
+ASKED = ("train", "--data", "photos", "--category", "widgets", *QUICK, "--image-size", "125")
 EPOCHS = ("--hvq-epochs", "10", "--mim-epochs", "10")
 
 # Imports once, then forks a training for each kill: starting Python and torch anew would be most of the test.
@@ -160,19 +160,19 @@ def test_same_seed_same_bits_whatever_the_workers_and_the_cache(tmp_path, monkey
     for workers, cache in ((1, "a"), (7, "b"), (3, "a")):                         # the third one finds all features cached
         monkeypatch.setattr(os, "cpu_count", lambda workers=workers: workers)
         out = f"run{workers}"
-        assert command("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--cache", cache, "--out", out,
+        assert command(*ASKED, "--cache", cache, "--out", out,
                        cwd=tmp_path).returncode == 0
         state = torch.load(tmp_path / out / "checkpoint.pt")
         states.append({name: state[name] for name in ("hvq", "mim", "mean", "std", "calibration")})
         states[-1]["scores"] = (tmp_path / out / "scores.csv").read_bytes()
     assert same(states[0], states[1]) and same(states[0], states[2])
-    other = command("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--seed", "1", "--out", "other", cwd=tmp_path)
+    other = command(*ASKED, "--seed", "1", "--out", "other", cwd=tmp_path)
     assert other.returncode == 0 and (tmp_path / "other" / "scores.csv").read_bytes() != states[0]["scores"]
 
 
 def test_an_exploding_loss_keeps_the_last_good_checkpoint(tmp_path):
     make_photos(tmp_path / "photos")
-    asked = ("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--out", "run")
+    asked = (*ASKED, "--out", "run")
     real, saves = ladmim.HVQ.loss, []
 
     def explode(self, h0):
@@ -202,7 +202,7 @@ def test_a_dead_codebook_is_caught_in_its_epoch(tmp_path, monkeypatch):
         return real(self)
 
     monkeypatch.setattr(ladmim.HVQ, "health", die)
-    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--out", "run", cwd=tmp_path)
+    result = command(*ASKED, "--out", "run", cwd=tmp_path)
     assert result.returncode == 2 and len(errors_of(result)) == 1
     assert "level 3 uses one code of 8 in epoch 2" in result.stderr
 
@@ -213,6 +213,6 @@ def test_features_that_are_not_finite_are_refused(tmp_path):
     with torch.no_grad():
         pdn[-1].bias[5] = math.nan
     torch.save(pdn.state_dict(), tmp_path / "nan.pt")
-    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, *SMALL_PHOTOS, "--pdn", "nan.pt", "--out", "run", cwd=tmp_path)
+    result = command(*ASKED, "--pdn", "nan.pt", "--out", "run", cwd=tmp_path)
     assert result.returncode == 2 and len(errors_of(result)) == 1 and "not finite" in result.stderr
     assert not (tmp_path / "run").exists()
