@@ -21,8 +21,8 @@ def masks(kind: str, share: float) -> dict:
     return {"mask": kind, "train_ratio": share, "train_block": round(share * 46 / 130, 4)}
 
 
-# Name -> the paper's table in reported_results.json, and the settings of each row. {} is the ordinary run.
-TARGETS = {name: {"target": name} if name != "histogram" else {} for name in ("pixel", "feature", "code", "histogram")}
+# Name -> the paper's table in reported_results.json, and the settings of each row.
+TARGETS = {name: {"target": name} for name in ("pixel", "feature", "code", "histogram")}
 ABLATIONS = {
     "scoring": ("table5_scoring_ablation", {"": {}}),
     "combine": ("table6_combined_with_hvq", TARGETS),
@@ -30,7 +30,7 @@ ABLATIONS = {
         "checkerboard": {"mask": "checkerboard"},
         **{f"{kind}-{share}": masks(kind, share) for kind in ("random", "block") for share in (0.2, 0.4, 0.6)}}),
     "target": ("table8_prediction_target", TARGETS),
-    "width": (None, {f"{factor:g} x mim_width": factor for factor in (0.25, 0.5, 1, 2)}),
+    "width": (None, {f"{factor:g} times the preset's mim_width": {"mim_width": factor} for factor in (0.25, 0.5, 1, 2)}),
     "multi": (None, {"each alone": {}, "one model": {}}),
     "calibration": (None, {f"HVQ {hvq}, MIM {mim}": {"hvq_score": hvq, "mim_score": mim}
                            for hvq in ("mean", "max", "calibrated") for mim in ("mean", "calibrated")}),
@@ -54,24 +54,21 @@ def train(data: str | None, preset: str, category: str, seed: int, folder: Path,
 def ablate(name: str, data: str | None, preset: str, category: str, seeds: list[int], runs: Path):
     """-> {row: [records]} of one ablation, `eval.evaluate`'s; leak's rows are named by how scores were standardised, too."""
     root, categories = ladmim.find_data(argparse.Namespace(data=data, category=category))
-    home, rows = runs / root.resolve().name, {}
+    home, rows, usual = runs / root.resolve().name, {}, ladmim.Config(**ladmim.PRESETS[preset])
     for label, settings in ABLATIONS[name][1].items():
         if name == "width":
-            width = int(settings * ladmim.Config(**ladmim.PRESETS[preset]).mim_width)
-            label, settings = f"width {width}", {} if settings == 1 else {"mim_width": width}
-        if settings.get("mim_score") is not None:    # a row equal to the preset's own scoring is the ordinary run
-            cfg = ladmim.Config(**ladmim.PRESETS[preset])
-            settings = {key: value for key, value in settings.items() if getattr(cfg, key) != value}
+            settings = {"mim_width": int(settings["mim_width"] * usual.mim_width)}
+        settings = {key: value for key, value in settings.items() if getattr(usual, key) != value}
         for seed in seeds:
-            for group in [",".join(categories)] if label == "one model" else categories:
+            for group in [category] if label == "one model" else categories:
                 base = folder = home / f"{group}-{preset}-seed{seed}"
                 train(data, preset, group, seed, base, {}, None)
-                if settings:
+                if settings:                         # else the row is the ordinary run
                     row = ",".join(f"{key}={value}" for key, value in settings.items())
                     folder = runs / "ablations" / home.name / f"{group}-{preset}-{row}-seed{seed}"
                     train(data, preset, group, seed, folder, settings, base)
                 run = evaluation.read_run(folder)
-                for one in group.split(","):
+                for one in categories if group == category else [group]:
                     for over in ("validation", "test") if name == "leak" else ("validation",):
                         key = f"{label}, standardised over {over}" if name == "leak" else label
                         rows.setdefault(key, []).append(evaluation.evaluate(run, one, over))
