@@ -191,13 +191,15 @@ class Run:
 
 
 def find_runs(folders: list[Path]) -> list[Path]:
-    """Run folders at or under the given ones, unfinished and broken ones too."""
+    """Run folders at or under the given ones, unfinished and broken ones too. Rows of ablations have tables of their own:
+    they count only where `ablations` or a folder in it is named."""
     found = {}
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; name a run or a folder of runs")
         for name in ("config.json", "checkpoint.pt", "scores.csv"):
-            found.update({file.parent.resolve(): file.parent for file in folder.rglob(name)})
+            found.update({file.parent.resolve(): file.parent for file in folder.rglob(name)
+                          if "ablations" not in file.relative_to(folder).parts})
     return sorted(found.values())
 
 

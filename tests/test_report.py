@@ -92,6 +92,8 @@ def test_ablations_train_nothing_twice(small, monkeypatch, capsys):
     assert "REFERENCE ONLY" in found["tables"][1]["title"] and len(found["tables"][1]["rows"]) == 4
     fitted.clear()
     assert ablation("target") == found and not fitted
+    assert [path.name for path in evaluation.find_runs([small / "runs"])] == [f"juice_bottle-tiny-seed{n}" for n in (0, 1)]
+    assert len(evaluation.find_runs([small / "runs" / "ablations"])) == 6
     combined = ablation("combine")
     assert not fitted and [row[0] for row in combined["tables"][0]["rows"]][:2] == ["pixel MIM alone", "pixel and HVQ"]
     assert combined["tables"][0]["rows"][0][3]["mean"] == np.mean([r["mim"]["logical"] for r in found["records"]["pixel"]])
