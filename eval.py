@@ -510,8 +510,9 @@ def threshold_rows(records):
         for name in rs[0]["wrong"]:
             cells = []
             for kind in ["good", *(column for column in rs[0]["columns"] if column != "average")]:
-                wrong = np.mean([r["wrong"][name][kind] for r in rs], 0)          # (images,)
-                cells.append(Spread(float(wrong.mean()), seeds=len(rs), interval=interval(wrong)))
+                found = [r["wrong"][name].get(kind, []) for r in rs]              # (seeds, images)
+                wrong = np.mean(found, 0) if len({len(row) for row in found}) == 1 and found[0] else None
+                cells.append(None if wrong is None else Spread(float(wrong.mean()), seeds=len(rs), interval=interval(wrong)))
             rows.append([category, *group, seeds(rs), name, *cells])
     return rows
 
