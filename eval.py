@@ -737,11 +737,11 @@ def main(argv=None) -> int:
         if args.maps:
             write_maps(folders, args.maps)
         banner = LEAKS if args.standardise == "test" else ""
-        from bench import report                     # it needs the model, and the model this file
-        report.write(args.report or args.runs / "eval.html", tables, records, banner)
         write_json(args.json or args.runs / "eval.json", {
             "standardise": args.standardise, "problems": problems, "records": records,
             "tables": [dict(zip(("banner", "title", "header", "rows"), (banner, *table))) for table in tables]})
+        from bench import report                     # it needs the model, and the model this file
+        report.write(args.report or args.runs / "eval.html", tables, records, banner)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

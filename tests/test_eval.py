@@ -377,7 +377,8 @@ def test_json_holds_records_and_unrounded_tables(tmp_path):
     logical = [r["both"]["logical"] for r in report["records"]]
     assert len(logical) == 2 and not (tmp_path / "runs/eval.json").exists()   # a run named twice counts once
     cell = report["tables"][0]["rows"][0][5]
-    assert cell == {"mean": pytest.approx(np.mean(logical)), "std": pytest.approx(np.std(logical, ddof=1)), "seeds": 2, "interval": None}
+    assert cell == {"mean": pytest.approx(np.mean(logical)), "std": pytest.approx(np.std(logical, ddof=1)), "seeds": 2,
+                    "interval": None}
 
 
 @pytest.mark.parametrize("arguments, word", [
