@@ -143,7 +143,7 @@ class Config:
     hvq_epochs: int = 1000
     hvq_batch: int = 16
     hvq_lr: float = 1e-4
-    hvq_score: str = choice("mean", "mean", "max", "calibrated")
+    hvq_score: str = choice("mean", "mean", "max", "whitened")
 
     mim_width: int = 512
     mim_blocks: int = 4
@@ -168,8 +168,8 @@ PRESETS = {
     "paper": {},
     "fast": dict(hvq_epochs=200, hvq_lr=4e-4, mim_epochs=150, mim_warmup=10, mim_lr=3e-4, hvq_score="max"),
     "tiny": dict(grid=12, codes=32, code_dim=32, hvq_width=128, hvq_heads=4, hvq_dropout=0.0, codebook="ema", hvq_epochs=40,
-                 hvq_batch=4, hvq_lr=1e-3, hvq_score="calibrated", mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0,
-                 mim_epochs=50, mim_warmup=3, mim_batch=8, mim_lr=1e-3, masks=32, mim_score="calibrated"),
+                 hvq_batch=4, hvq_lr=1e-3, hvq_score="whitened", mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0,
+                 mim_epochs=50, mim_warmup=3, mim_batch=8, mim_lr=1e-3, masks=32),
 }
 
 
@@ -836,9 +836,9 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device, pixels=None) 
 
 @torch.inference_mode()
 def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 0, pixels=None):
-    """What the detectors fail at. h0 (B, N, d0), masks (M, N) -> each token's squared error (B, N) and each mask's error
-    (B, M), `mim_error`. budget: bytes that one activation of the ViT may take; by default what a CPU's cache holds, or what
-    fills a GPU."""
+    """What the detectors fail at. h0 (B, N, d0), masks (M, N) -> each token's squared error (B, N), or for the whitened score
+    its residual (B, N, d0), and each mask's error (B, M), `mim_error`. budget: bytes that one activation of the ViT may take;
+    by default what a CPU's cache holds, or what fills a GPU."""
     budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
     widest = cfg.mim_width if cfg.target == "histogram" else max(cfg.mim_width, mim.head.out_features)
     step = max(1, budget // (len(h0) * h0.shape[1] * widest * 4))
@@ -846,7 +846,8 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tenso
         rebuilt, codes = hvq(h0)
         codes = codes.to(torch.int16)
         l1 = torch.cat([mim_error(mim, h0, part, codes, pixels) for part in masks.split(step)], 1)
-    return (h0 - rebuilt).square().mean(-1), l1
+    residual = h0 - rebuilt
+    return residual if cfg.hvq_score == "whitened" else residual.square().mean(-1), l1
 
 
 def normal_statistics(values: torch.Tensor) -> torch.Tensor:
@@ -856,17 +857,65 @@ def normal_statistics(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([values.mean(0), (std + std.mean()) / 2])
 
 
+def moments(values: torch.Tensor) -> list[float]:
+    """Mean and standard deviation of one score of the validation normals. A floor of 1 % of the mean keeps one lone photo
+    from dividing by zero."""
+    values = values.double()
+    return [float(values.mean()), float(max(values.std(correction=0), 0.01 * values.mean().abs(), 1e-12))]
+
+
+def windows(residual: torch.Tensor, grid: int) -> list[torch.Tensor]:
+    """residual (B, N, d0) -> its mean over every window of 1, 2 and `grid` tokens a side, each (B, W, d0). A broken part
+    shows in one token; a wrong count shows in the whole photo's mean, where the tokens' noise cancels out."""
+    square = residual.transpose(1, 2).unflatten(2, (grid, grid))
+    return [F.avg_pool2d(square, side, 1).flatten(2).transpose(1, 2) for side in (1, min(2, grid), grid)]
+
+
+def whitening(x: torch.Tensor, shrink=0.1) -> dict:
+    """What is normal in windows x (n, W, d0) of the training normals: each window's mean (W, d0), the matrix (d0, d0) that
+    makes their pooled covariance the identity, and the moments (2, W) of the squared distances that result. The covariance
+    is shrunk by a tenth towards a multiple of the identity, as there may be fewer photos than channels."""
+    mean = x.mean(0)
+    off = (x - mean).flatten(0, 1).double()
+    cov, eye = off.T @ off / len(off), torch.eye(off.shape[1], dtype=torch.double)
+    cov = (1 - shrink) * cov + (shrink * cov.diag().mean() + 1e-9) * eye
+    found = {"mean": mean, "matrix": torch.linalg.inv(torch.linalg.cholesky(cov)).T.float()}
+    return found | {"distance": normal_statistics(distances(x, found))}
+
+
+def distances(x: torch.Tensor, normal: dict) -> torch.Tensor:
+    """Squared Mahalanobis distance of windows x (B, W, d0) from what is normal there, (B, W)."""
+    return ((x - normal["mean"]) @ normal["matrix"]).square().sum(-1)
+
+
+def abnormal(residual: torch.Tensor, grid: int, normal: list[dict]) -> list[torch.Tensor]:
+    """For each size of window, how many standard deviations its squared distance is above the training normals', (B, W)."""
+    return [(distances(x, one) - one["distance"][0]) / one["distance"][1] for x, one in zip(windows(residual, grid), normal)]
+
+
+def learn_normal(cfg: Config, train, validation) -> dict:
+    """What `detect` needs to know of one category's normals; train and validation are what `errors` found there."""
+    normal = {}
+    if cfg.hvq_score == "whitened":
+        normal["windows"] = [whitening(x) for x in windows(train[0], cfg.grid)]
+        normal["largest"] = [moments(z.amax(1)) for z in abnormal(validation[0], cfg.grid, normal["windows"])]
+    if cfg.mim_score == "calibrated":
+        normal["masks"] = normal_statistics(train[1])
+    return normal
+
+
 def detect(cfg: Config, error: torch.Tensor, l1: torch.Tensor, masks: torch.Tensor, normal: dict):
-    """error (B, N), l1 (B, M), masks (M, N), normal: `normal_statistics` of "tokens" and "masks" where they are asked for.
+    """error, l1 as `errors` finds them, masks (M, N), normal: `learn_normal`'s.
     -> S_HVQ (B,), S_MIM (B,), and where they come from, each (B, N).
 
-    S_HVQ is the mean over the tokens, the largest 3x3 mean, or (calibrated) the largest error in its own token's standard
-    deviations. S_MIM is the mean over the masks or (calibrated) the mean of the largest eighth, each in its own standard
-    deviations: a local fault shows in few masks.
+    S_HVQ is the mean over the tokens, the largest 3x3 mean, or (whitened) the largest distance of a window's mean residual,
+    each size of window standardised by the validation normals. S_MIM is the mean over the masks or (calibrated) the mean of
+    the largest eighth, each in its own standard deviations: a local fault shows in few masks.
     """
-    if cfg.hvq_score == "calibrated":
-        error = (error - normal["tokens"][0]) / normal["tokens"][1]
-        s_hvq = error.amax(1)
+    if cfg.hvq_score == "whitened":
+        far = abnormal(error, cfg.grid, normal["windows"])
+        s_hvq = torch.stack([(z.amax(1) - mean) / std for z, (mean, std) in zip(far, normal["largest"])]).amax(0)
+        error = far[0]
     elif cfg.hvq_score == "max":
         smooth = F.avg_pool2d(error.unflatten(1, (cfg.grid, -1))[:, None], 3, 1, 1, count_include_pad=False)
         s_hvq = smooth.flatten(1).amax(1)
@@ -883,12 +932,7 @@ def detect(cfg: Config, error: torch.Tensor, l1: torch.Tensor, masks: torch.Tens
 
 def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> dict:
     """Mean and standard deviation of scores and maps over the validation normals of one category, never over test
-    photos, and the 95th percentile of the final score. A floor of 1 % of the mean keeps one lone photo from dividing by
-    zero."""
-    def moments(values):
-        values = values.double()
-        return [float(values.mean()), float(max(values.std(correction=0), 0.01 * values.mean().abs(), 1e-12))]
-
+    photos, and the 95th percentile of the final score."""
     found = {"hvq": moments(s_hvq), "mim": moments(s_mim), "hvq_map": moments(hvq_map), "mim_map": moments(mim_map)}
     found["threshold"] = float(combine(found, s_hvq, s_mim).double().quantile(0.95))
     return found
@@ -908,7 +952,8 @@ def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
 def all_errors(hvq: HVQ, mim: ViT, cfg: Config, h0, index: torch.Tensor, masks, pixels=None, batch: int = 8):
     """`errors` of the photos numbered by index, h0(index) and pixels(index) as in training, on the CPU."""
     progress, (rank, size), starts = Progress("scoring", len(index), "photos"), processes(), range(0, len(index), batch)
-    found = [torch.zeros(len(index), columns, device=masks.device) for columns in (cfg.grid ** 2, len(masks))]
+    tokens = (cfg.grid ** 2, hvq.embed.in_features) if cfg.hvq_score == "whitened" else (cfg.grid ** 2,)
+    found = [torch.zeros(len(index), *columns, device=masks.device) for columns in (tokens, (len(masks),))]
     for start in starts[rank::size]:                 # the others' rows stay zero until all are added up
         part = index[start:start + batch]
         for all_values, values in zip(found, errors(hvq, mim, cfg, h0(part), masks, pixels=pixels and pixels(part))):
@@ -1118,8 +1163,8 @@ def check_test_split(photos):
 def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, h0, device, pixels=None):
     """Scores the photos, calibrates each category on its own normals, writes scores.csv and the final checkpoint."""
     began, masks, rows = time.monotonic(), scoring_masks(cfg, run.seed, device), []
-    calibrated = "calibrated" in (cfg.hvq_score, cfg.mim_score)
-    maps, index = [], torch.tensor([i for i, photo in enumerate(photos) if calibrated or photo.split != "train"])
+    learns = cfg.hvq_score == "whitened" or cfg.mim_score == "calibrated"
+    maps, index = [], torch.tensor([i for i, photo in enumerate(photos) if learns or photo.split != "train"])
     error, l1 = all_errors(hvq, mim, cfg, h0, index, masks, pixels)
     scored = [photos[i] for i in index]
     run.state["calibration"] = {}
@@ -1127,7 +1172,7 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
         train, validation, tested = (torch.tensor([i for i, photo in enumerate(scored) if photo.category == name and
                                                    photo.split in splits], dtype=torch.long)
                                      for splits in (("train",), ("validation",), ("validation", "test")))
-        normal = {"tokens": normal_statistics(error[train]), "masks": normal_statistics(l1[train])} if calibrated else {}
+        normal = learn_normal(cfg, (error[train], l1[train]), (error[validation], l1[validation]))
         found = calibrate(*detect(cfg, error[validation], l1[validation], masks.cpu(), normal))
         s_hvq, s_mim, *where = detect(cfg, error[tested], l1[tested], masks.cpu(), normal)
         maps += zip(*((part - found[key][0]) / found[key][1] for part, key in zip(where, ("hvq_map", "mim_map"))))
@@ -1202,6 +1247,9 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     if category not in known and (category or len(known) > 1):
         raise InputError(f"--category {category or '(not given)'}: this run knows {', '.join(known)}; name one")
     cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config) if f.name in state["config"]})
+    if cfg.hvq_score not in ("mean", "max", "whitened"):
+        raise InputError(f"--run {folder}: was scored with --hvq-score {cfg.hvq_score}, which this version does not know; "
+                         "train it again")
     pdn, _ = pdn_from_state(state["pdn"], str(folder))
     hvq, mim = HVQ(cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
     hvq.load_state_dict(state["hvq"])

@@ -317,30 +317,39 @@ def test_scores_do_not_depend_on_the_batch_or_the_memory_budget():
         torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("hvq_score, mim_score", [("mean", "mean"), ("max", "mean"), ("calibrated", "calibrated")])
+@pytest.mark.parametrize("hvq_score, mim_score", [("mean", "mean"), ("max", "mean"), ("whitened", "calibrated")])
 def test_score_against_a_plain_loop(hvq_score, mim_score):
     cfg = dataclasses.replace(SMALL, hvq_score=hvq_score, mim_score=mim_score)
     hvq, mim = models(cfg)
     h0, masks = features(2), ladmim.draw_masks(cfg, 5, ladmim.seeded(0), scoring=True)
-    normal = {"tokens": torch.rand(2, 36) + 0.5, "masks": torch.rand(2, 5) + 0.5}
+    normal = {"windows": [ladmim.whitening(torch.randn(20, count, h0.shape[-1])) for count in (36, 25, 1)],
+              "largest": [[1.0, 2.0], [3.0, 1.0], [0.0, 5.0]], "masks": torch.rand(2, 5) + 0.5}
     s_hvq, s_mim, hvq_map, mim_map = scored(cfg, h0, normal)
     for b in range(2):
         rebuilt, codes = hvq(h0[b:b + 1])
-        error = ((h0[b] - rebuilt[0]) ** 2).mean(-1)
+        residual = h0[b] - rebuilt[0]
+        error = (residual ** 2).mean(-1)
         losses = torch.zeros(5)
         for m in range(5):
             p = mim(h0[b:b + 1], masks[m:m + 1]).softmax(-1)[0, 0]
             for level in range(4):
                 q = torch.bincount(codes[0, level][masks[m]], minlength=16) / masks[m].sum()
                 losses[m] += (p[level] - q).abs().sum()
-        if hvq_score == "calibrated":
-            error = (error - normal["tokens"][0]) / normal["tokens"][1]
+        largest = []
+        if hvq_score == "whitened":
+            for side, at, (mean, std) in zip((1, 2, 6), normal["windows"], normal["largest"]):
+                square, far = residual.view(6, 6, -1), []
+                for w, (i, j) in enumerate((i, j) for i in range(7 - side) for j in range(7 - side)):
+                    off = square[i:i + side, j:j + side].mean((0, 1)) - at["mean"][w]
+                    far.append(((at["matrix"].T @ off).square().sum() - at["distance"][0, w]) / at["distance"][1, w])
+                largest.append((max(far) - mean) / std)
+                error = torch.stack(far) if side == 1 else error
             losses = (losses - normal["masks"][0]) / normal["masks"][1]
-        torch.testing.assert_close(hvq_map[b], error)
+        torch.testing.assert_close(hvq_map[b], error, atol=1e-4, rtol=1e-4)
         square = error.view(6, 6)
         smooth = [square[max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean() for i in range(6) for j in range(6)]
-        expected = {"mean": error.mean(), "max": max(smooth), "calibrated": error.max()}[hvq_score]
-        torch.testing.assert_close(s_hvq[b], expected)
+        expected = {"mean": error.mean(), "max": max(smooth), "whitened": max(largest, default=None)}[hvq_score]
+        torch.testing.assert_close(s_hvq[b], expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(s_mim[b], losses.mean() if mim_score == "mean" else losses.max())
         for token in range(36):
             cover = masks[:, token]
@@ -378,6 +387,25 @@ def test_patches_lie_where_the_tokens_look(grid):
         cells = part.reshape(4, side // 4, 4, side // 4, 3).mean((1, 3)).ravel()
         expected = (cells - cells.mean()) / (cells.std() + 1)
         np.testing.assert_allclose(found[row, column].numpy(), expected, atol=1e-4)
+
+
+def test_whitening_against_float64():
+    x = np.random.default_rng(0).normal(size=(30, 4, 6)) @ np.diag([5, 1, 1, 1, 0.1, 0])
+    off = (x - x.mean(0)).reshape(-1, 6)
+    cov = off.T @ off / len(off)
+    precision = np.linalg.inv(0.9 * cov + (0.1 * np.trace(cov) / 6 + 1e-9) * np.eye(6))
+    found = ladmim.whitening(torch.from_numpy(x).float())
+    y = np.random.default_rng(1).normal(size=(7, 4, 6))
+    expected = np.einsum("bwi,ij,bwj->bw", y - x.mean(0), precision, y - x.mean(0))
+    np.testing.assert_allclose(ladmim.distances(torch.from_numpy(y).float(), found), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_whitening_of_hardly_any_photos_is_finite(n):
+    x = torch.randn(n, 4, 6)
+    found = ladmim.whitening(x)
+    assert all(torch.isfinite(value).all() for value in found.values())
+    assert torch.isfinite(ladmim.distances(torch.randn(3, 4, 6), found)).all()
 
 
 def test_normal_statistics():

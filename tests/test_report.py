@@ -21,7 +21,7 @@ from test_eval import make_run
 from test_ladmim import command
 
 SETTINGS = dict(grid=6, codes=8, code_dim=8, hvq_width=32, hvq_heads=2, mim_width=32, mim_heads=2, mim_blocks=2, masks=4,
-                hvq_epochs=2, mim_epochs=2, hvq_score="calibrated", mim_score="calibrated", codebook="ema", hvq_batch=4)
+                hvq_epochs=2, mim_epochs=2, hvq_score="whitened", mim_score="calibrated", codebook="ema", hvq_batch=4)
 
 
 @pytest.mark.parametrize("seed", range(20))
