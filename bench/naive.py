@@ -7,6 +7,7 @@ holds both sides to the same losses, codebooks and scores.
 """
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from unittest.mock import patch
 
