@@ -87,8 +87,8 @@ class Autoencoder(nn.Sequential):
 
 def efficientad(pdn, images, mean, std, parts, seed: int, device) -> tuple[Scores, Scores]:
     """EfficientAD-S and PUAD. images (n, S, S, 3) uint8. The teacher is the run's PDN, standardised as for LADMIM. Left out:
-    the penalty on ImageNet photos, which needs ImageNet; STEPS says how much shorter the training is than the paper's. PUAD's covariance is shrunk by a
-    tenth towards a multiple of the identity, as there may be fewer photos than channels."""
+    the penalty on ImageNet photos, which needs ImageNet; STEPS says how much shorter the training is than the paper's.
+    PUAD's covariance is shrunk by a tenth towards a multiple of the identity, as there may be fewer photos than channels."""
     began, generator = time.monotonic(), ladmim.seeded(seed, "efficientad")
     torch.manual_seed(seed)
     mean, std = (moment.to(device)[:, None, None] for moment in (mean, std))
@@ -105,8 +105,10 @@ def efficientad(pdn, images, mean, std, parts, seed: int, device) -> tuple[Score
         with torch.no_grad():
             return (pdn(x) - mean) / std
 
-    for step in range(STEPS[device.type]):
-        if step == int(0.95 * STEPS[device.type]):
+    steps = STEPS[device.type]
+    progress = ladmim.Progress("EfficientAD-S", steps, "steps")
+    for step in range(steps):
+        if step == int(0.95 * steps):
             optimizer.param_groups[0]["lr"] = 1e-5
         x = photos(parts["train"][torch.randint(len(parts["train"]), (1,), generator=generator)])
         jittered = x * (0.8 + 0.4 * float(torch.rand((), generator=generator)))
@@ -117,6 +119,7 @@ def efficientad(pdn, images, mean, std, parts, seed: int, device) -> tuple[Score
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        progress(step + 1)
     both.eval()
 
     @torch.inference_mode()
