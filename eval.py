@@ -671,7 +671,7 @@ def parse(argv):
                         help="split that standardises the scores; test leaks, and every table says so")
     parser.add_argument("--localise", action="store_true", help="pixel AUROC, AUPRO and sPRO as well, some seconds a run")
     parser.add_argument("--maps", type=Path, metavar="DIR", help="write each test photo's anomaly map there, as a TIFF")
-    parser.add_argument("--ablation", choices=("scoring", "combine", "masking", "target", "width", "multi", "calibration", "leak"),
+    parser.add_argument("--ablation", choices=("scoring", "combine", "masking", "target", "width", "multi", "score", "leak"),
                         help="train what is missing and print this table; --category, --seeds, --preset and --data as in train")
     parser.add_argument("--baselines", action="store_true", help="train PatchCore, EfficientAD-S and PUAD beside each run")
     parser.add_argument("--category", default="all")

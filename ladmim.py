@@ -52,7 +52,7 @@ import eval as evaluation
 from data import InputError
 from kernels import histogram_l1, nearest_code
 
-FORMAT = 1                                           # of checkpoint.pt
+FORMAT = 2                                           # of checkpoint.pt
 HERE = Path(__file__).resolve().parent
 
 
@@ -160,7 +160,6 @@ class Config:
     score_ratio: float = 230 / 576
     score_block: float = 92 / 576
     masks: int = 64                                  # M
-    mim_score: str = choice("mean", "mean", "calibrated")
     target: str = choice("histogram", "histogram", "code", "feature", "pixel")   # what the ViT predicts (Table 8)
 
 
@@ -394,10 +393,11 @@ class HVQ(nn.Module):
         return psi, z, torch.stack(codes, 1)
 
     def decode(self, z):
-        """z -> rebuilt h0 (B, N, d0); levels are consumed from deep to shallow."""
+        """z -> rebuilt h0 (B, N, d0); levels are consumed from deep to shallow. A code that does not say where it lies could
+        not be found by the token it belongs to."""
         x = self.query_positions + self.query(z[-1])
         for level in reversed(range(self.levels)):
-            x = self.decoder[level](x, self.lift[level](z[level]))
+            x = self.decoder[level](x, self.lift[level](z[level]) + self.query_positions)
         return self.out(x)
 
     def forward(self, h0):
@@ -893,15 +893,10 @@ def abnormal(residual: torch.Tensor, grid: int, normal: list[dict]) -> list[torc
     return [(distances(x, one) - one["distance"][0]) / one["distance"][1] for x, one in zip(windows(residual, grid), normal)]
 
 
-def learn_normal(cfg: Config, train, validation) -> dict:
-    """What `detect` needs to know of one category's normals; train and validation are what `errors` found there."""
-    normal = {}
-    if cfg.hvq_score == "whitened":
-        normal["windows"] = [whitening(x) for x in windows(train[0], cfg.grid)]
-        normal["largest"] = [moments(z.amax(1)) for z in abnormal(validation[0], cfg.grid, normal["windows"])]
-    if cfg.mim_score == "calibrated":
-        normal["masks"] = normal_statistics(train[1])
-    return normal
+def learn_normal(cfg: Config, train: torch.Tensor, validation: torch.Tensor) -> dict:
+    """What the whitened score needs to know of one category's normals, from their residuals (n, N, d0)."""
+    normal = [whitening(x) for x in windows(train, cfg.grid)]
+    return {"windows": normal, "largest": [moments(z.amax(1)) for z in abnormal(validation, cfg.grid, normal)]}
 
 
 def detect(cfg: Config, error: torch.Tensor, l1: torch.Tensor, masks: torch.Tensor, normal: dict):
@@ -909,8 +904,7 @@ def detect(cfg: Config, error: torch.Tensor, l1: torch.Tensor, masks: torch.Tens
     -> S_HVQ (B,), S_MIM (B,), and where they come from, each (B, N).
 
     S_HVQ is the mean over the tokens, the largest 3x3 mean, or (whitened) the largest distance of a window's mean residual,
-    each size of window standardised by the validation normals. S_MIM is the mean over the masks or (calibrated) the mean of
-    the largest eighth, each in its own standard deviations: a local fault shows in few masks.
+    each size of window standardised by the validation normals. S_MIM is the mean over the masks.
     """
     if cfg.hvq_score == "whitened":
         far = abnormal(error, cfg.grid, normal["windows"])
@@ -921,13 +915,8 @@ def detect(cfg: Config, error: torch.Tensor, l1: torch.Tensor, masks: torch.Tens
         s_hvq = smooth.flatten(1).amax(1)
     else:
         s_hvq = error.mean(1)
-    if cfg.mim_score == "calibrated":
-        l1 = (l1 - normal["masks"][0]) / normal["masks"][1]
-        s_mim = l1.topk(max(1, len(masks) // 8), 1).values.mean(1)
-    else:
-        s_mim = l1.mean(1)
     seen = masks.to(l1.dtype)
-    return s_hvq, s_mim, error, l1 @ seen / seen.sum(0).clamp(min=1)
+    return s_hvq, l1.mean(1), error, l1 @ seen / seen.sum(0).clamp(min=1)
 
 
 def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> dict:
@@ -951,7 +940,8 @@ def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
 
 def all_errors(hvq: HVQ, mim: ViT, cfg: Config, h0, index: torch.Tensor, masks, pixels=None, batch: int = 8):
     """`errors` of the photos numbered by index, h0(index) and pixels(index) as in training, on the CPU."""
-    progress, (rank, size), starts = Progress("scoring", len(index), "photos"), processes(), range(0, len(index), batch)
+    progress = Progress("scoring" if len(masks) else "normal residuals", len(index), "photos")
+    (rank, size), starts = processes(), range(0, len(index), batch)
     tokens = (cfg.grid ** 2, hvq.embed.in_features) if cfg.hvq_score == "whitened" else (cfg.grid ** 2,)
     found = [torch.zeros(len(index), *columns, device=masks.device) for columns in (tokens, (len(masks),))]
     for start in starts[rank::size]:                 # the others' rows stay zero until all are added up
@@ -1080,7 +1070,7 @@ def train(args) -> int:
 
 
 # Settings that say how a trained run scores, and those of its ViT: other runs may take over what does not depend on them.
-SCORING = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
+SCORING = {"hvq_score", "masks", "score_ratio", "score_block"}
 MIM = {"mim_width", "mim_blocks", "mim_heads", "mim_dropout", "mim_epochs", "mim_warmup", "mim_batch", "mim_lr", "mask",
        "train_ratio", "train_block", "target"}
 
@@ -1163,16 +1153,17 @@ def check_test_split(photos):
 def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, h0, device, pixels=None):
     """Scores the photos, calibrates each category on its own normals, writes scores.csv and the final checkpoint."""
     began, masks, rows = time.monotonic(), scoring_masks(cfg, run.seed, device), []
-    learns = cfg.hvq_score == "whitened" or cfg.mim_score == "calibrated"
-    maps, index = [], torch.tensor([i for i, photo in enumerate(photos) if learns or photo.split != "train"])
-    error, l1 = all_errors(hvq, mim, cfg, h0, index, masks, pixels)
-    scored = [photos[i] for i in index]
+    n, maps = sum(photo.split == "train" for photo in photos), []                 # they come first
+    error, l1 = all_errors(hvq, mim, cfg, h0, torch.arange(n, len(photos)), masks, pixels)
+    trained, scored = photos[:n], photos[n:]
     run.state["calibration"] = {}
     for name in sorted({photo.category for photo in photos}):
-        train, validation, tested = (torch.tensor([i for i, photo in enumerate(scored) if photo.category == name and
-                                                   photo.split in splits], dtype=torch.long)
-                                     for splits in (("train",), ("validation",), ("validation", "test")))
-        normal = learn_normal(cfg, (error[train], l1[train]), (error[validation], l1[validation]))
+        train, validation, tested = (torch.tensor([i for i, photo in enumerate(part) if photo.category == name and
+                                                   photo.split in splits], dtype=torch.long) for part, splits in (
+            (trained, ("train",)), (scored, ("validation",)), (scored, ("validation", "test"))))
+        normal = {}
+        if cfg.hvq_score == "whitened":              # of the training photos HVQ-Trans's errors are enough: no mask
+            normal = learn_normal(cfg, all_errors(hvq, mim, cfg, h0, train, masks[:0], pixels)[0], error[validation])
         found = calibrate(*detect(cfg, error[validation], l1[validation], masks.cpu(), normal))
         s_hvq, s_mim, *where = detect(cfg, error[tested], l1[tested], masks.cpu(), normal)
         maps += zip(*((part - found[key][0]) / found[key][1] for part, key in zip(where, ("hvq_map", "mim_map"))))
@@ -1189,7 +1180,7 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
     if run.writes:
         write_whole(run.folder / "maps.npz", content.getvalue())
         write_whole(run.folder / "scores.csv", table.getvalue().encode("utf-8", "surrogateescape"))
-    run.log(stage="score", photos=len(index), seconds=round(time.monotonic() - began, 3))
+    run.log(stage="score", photos=len(scored), seconds=round(time.monotonic() - began, 3))
     run.save(stage="done", optimizer=None)
 
 

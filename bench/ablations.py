@@ -32,9 +32,8 @@ ABLATIONS = {
     "target": ("table8_prediction_target", TARGETS),
     "width": (None, {f"{factor:g} times the preset's mim_width": {"mim_width": factor} for factor in (0.25, 0.5, 1, 2)}),
     "multi": (None, {"each alone": {}, "one model": {}}),
-    "calibration": (None, {f"HVQ {hvq}, MIM {mim}": {"hvq_score": hvq, "mim_score": mim}
-                           for hvq in ("mean", "max", "whitened") for mim in ("mean", "calibrated")}),
-    "leak": (None, {f"HVQ {score}": {"hvq_score": score, "mim_score": "mean"} for score in ("mean", "max")}),
+    "score": (None, {f"HVQ {score}": {"hvq_score": score} for score in ("mean", "max", "whitened")}),
+    "leak": (None, {f"HVQ {score}": {"hvq_score": score} for score in ("mean", "max")}),
 }
 
 

@@ -109,7 +109,7 @@ def our_score(detector, paths):
 def make_detector(cfg, device, seed=0):
     """An untrained detector with the shipped backbone and moments like a training set's: time and agreement need no more."""
     torch.manual_seed(seed)
-    cfg = dataclasses.replace(cfg, hvq_score="mean", mim_score="mean")
+    cfg = dataclasses.replace(cfg, hvq_score="mean")
     pdn = ladmim.load_pdn(cfg.pdn, seed)[0].to(device)
     hvq, mim = ladmim.HVQ(cfg, 384).to(device), ladmim.ViT(cfg, 384).to(device)
     detector = ladmim.Detector(cfg, pdn, hvq, mim, torch.zeros(384, device=device), torch.ones(384, device=device),
