@@ -9,8 +9,8 @@
     python eval.py RUN --maps DIR           each photo's anomaly map as a TIFF, for MVTec's own evaluation scripts
 
 Reads each run folder's config.json and scores.csv (path,split,kind,label,s_hvq,s_mim,score: one row a validation and a
-test image; the path's first part is its category), for the last two maps.npz and the photos' ground truth. Figures are
-fractions in the code and the JSON, percent in the tables. The paper's figures are in bench/reported_results.json.
+test image; the path's first part is its category); --localise and --maps read maps.npz, --localise the ground truth too.
+Figures are fractions in the code and the JSON, percent in the tables. The paper's figures are in bench/reported_results.json.
 """
 from __future__ import annotations
 
@@ -44,6 +44,8 @@ PERCENTILE = 95                                     # of the validation normals'
 REPORTED = Path(__file__).parent / "bench" / "reported_results.json"
 LEAKS = ("LEAKS: scores standardised with mean and std of the whole test set, anomalies included; to compare with the "
          "published code, never to report")
+SHORTCUTS = ("rows \"over test\" LEAK, scores standardised with mean and std of the whole test set, anomalies included, and "
+             "rows \"flipped\" turn over an AUROC under 50: what the published code's shortcuts are worth, never to report")
 PROTOCOL = ("Our protocol: {}; the last epoch, not the best on the test set; an AUROC under 50 is shown as it is; ± is "
             "the sample std over seeds. LADMIM's published code standardises over the whole test set and flips AUROCs "
             "under 50. Reported rows are the paper's, as printed (EfficientAD's in Table 2: one for both kinds).")
@@ -339,14 +341,15 @@ def read_maps(run: Run) -> dict[str, dict[str, np.ndarray]]:
     return {path: {"structural": a, "logical": b, "sum": a + b} for path, (a, b) in zip(paths, maps)}
 
 
-def test_photos(run: Run, category: str) -> tuple[Path, list[data.Photo]]:
-    """The data set's folder and the test photos of a category that the run scored."""
+def tested_photos(run: Run, category: str) -> tuple[Path, list[data.Photo], dict]:
+    """The data set's folder, the test photos of a category that the run scored, and its maps, `read_maps`."""
     root = Path(run.config.get("root", ""))
     if not (run.config.get("root") and (root / category).is_dir()):
         raise InputError(f"{run.folder}: its photos are no longer at {root / category}, so {category} is not localised")
     maps = read_maps(run)
-    return root, [photo for photo in data.find_photos(root, category, run.config["seed"])
-                  if photo.split == "test" and photo.path.relative_to(root).as_posix() in maps]
+    photos = [photo for photo in data.find_photos(root, category, run.config["seed"])
+              if photo.split == "test" and photo.path.relative_to(root).as_posix() in maps]
+    return root, photos, maps
 
 
 def photo_size(photo: data.Photo) -> tuple[int, int]:
@@ -356,8 +359,8 @@ def photo_size(photo: data.Photo) -> tuple[int, int]:
 
 def localise(run: Run, category: str) -> dict:
     """-> {map: {kind: `localisation`}} over each kind's test photos and the good ones. MVTec AD's classes are one kind."""
-    root, photos = test_photos(run, category)
-    maps, size, defects = read_maps(run), run.config["image_size"], data.load_defects(root, category)
+    root, photos, maps = tested_photos(run, category)
+    size, defects = run.config["image_size"], data.load_defects(root, category)
     if any(photo.label and not photo.masks for photo in photos):
         raise InputError(f"{run.folder}: {category} has anomalies without ground-truth masks, so it is not localised")
     found = {}
@@ -403,8 +406,9 @@ def write_maps(runs: list[Path], folder: Path) -> None:
             if category in written:
                 raise InputError(f"--maps {folder}: two runs of {category}; name one run")
             written.add(category)
-            root, photos = test_photos(run, category)
-            maps = read_maps(run)
+            root, photos, maps = tested_photos(run, category)
+            if folder.resolve() == root.resolve():
+                raise InputError(f"--maps {folder}: holds the photos themselves; name another folder")
             for photo in photos:
                 relative = photo.path.relative_to(root)
                 found = place(maps[relative.as_posix()]["sum"], run.config["image_size"], *photo_size(photo))
@@ -688,16 +692,22 @@ def compare(folders: list[Path], args) -> int:
     """bench/baselines.py's table of these runs, printed and written beside them."""
     from bench import baselines
 
-    records = []
-    for folder in folders:
-        run = read_run(folder)
-        for category in sorted(set(run.category.tolist())):
-            records += baselines.compare(run, category, Path("cache"))
-    tables = [baselines.table(rs) for rs in grouped(records, "data", "rendered", "preset", "columns").values()]
+    records, problems = evaluate_runs(folders)
+    records, repeats = tell_apart(records)
+    rows = [row for record in records for row in baselines.compare(read_run(Path(record["run"])), record, Path("cache"))]
+    tables = [baselines.table(rs) for rs in grouped(rows, "data", "rendered", *GROUP, "columns").values()]
     write_json(args.json or args.runs / "baselines.json", {
-        "records": records, "tables": [dict(zip(("title", "header", "rows"), table)) for table in tables]})
-    print("\n\n".join([PROTOCOL.format(STANDARDISED), *(markdown(*table) for table in tables)]))
-    return 0
+        "records": rows, "tables": [dict(zip(("title", "header", "rows"), table)) for table in tables]})
+    return show(tables, problems + repeats)
+
+
+def show(tables: list[tuple], problems: list[str], banner: str = "") -> int:
+    """Prints the tables, then a warning for each problem. -> exit code"""
+    if tables:
+        print("\n\n".join([PROTOCOL.format(banner or STANDARDISED), *(markdown(*table, banner) for table in tables)]))
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def ablate(args) -> int:
@@ -711,10 +721,10 @@ def ablate(args) -> int:
         raise InputError(f"--seeds: {error}") from None
     rows = ablations.ablate(args.ablation, args.data, args.preset, args.category, seeds, args.runs)
     tables = ablations.tables(args.ablation, rows)
+    banner = SHORTCUTS if args.ablation == "leak" else ""
     write_json(args.json or args.runs / f"ablation-{args.ablation}.json", {
-        "records": rows, "tables": [dict(zip(("title", "header", "rows"), table)) for table in tables]})
-    print("\n\n".join([PROTOCOL.format(STANDARDISED), *(markdown(*table) for table in tables)]))
-    return 0
+        "records": rows, "tables": [dict(zip(("banner", "title", "header", "rows"), (banner, *table))) for table in tables]})
+    return show(tables, [], banner)
 
 
 def main(argv=None) -> int:
@@ -745,11 +755,10 @@ def main(argv=None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if tables:
-        print("\n\n".join([PROTOCOL.format(banner or STANDARDISED), *(markdown(*table, banner) for table in tables)]))
-    for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with what was finished", file=sys.stderr)
+        return 130
+    return show(tables, problems, banner)
 
 
 if __name__ == "__main__":

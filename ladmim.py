@@ -6,7 +6,7 @@ Trained on photos of good products only, two detectors share one set of frozen f
   ViT        predicts the histogram of codes in a masked region from what is around it; where
              the histogram is another, the arrangement is wrong                               (logical anomalies)
 
-Read it top to bottom: configuration, backbone, HVQ-Trans, masks, ViT, training, scoring, command line.
+Read it top to bottom: configuration, backbone, HVQ-Trans, masks, ViT, training, scoring; then what serves them.
 Equation numbers are the paper's. B images, N = 24*24 = 576 tokens, d0 = 384 channels, L = 4 levels, K = 512 codes a
 level, M = 64 masks an image at scoring.
 
@@ -54,68 +54,6 @@ from kernels import histogram_l1, nearest_code
 
 FORMAT = 2                                           # of checkpoint.pt
 HERE = Path(__file__).resolve().parent
-
-
-# Several processes: torchrun --nproc-per-node N ladmim.py train ...
-#
-# Every process holds the whole model and all features, draws the same randomness, and takes its share of each batch. What
-# they learn is added up, gradients and code counts alike, so that all of them take one and the same step. Process 0 alone
-# writes and prints. DistributedDataParallel would average gradients, which is wrong where shares are uneven, and knows
-# nothing of code counts.
-
-def processes() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def share(batch: torch.Tensor) -> torch.Tensor:
-    """This process's part of a batch: even parts but for one element, empty where the batch is shorter than that."""
-    rank, size = processes()
-    return batch.tensor_split(size)[rank]
-
-
-@torch.no_grad()
-def add_up(tensors: list[torch.Tensor]):
-    """Replaces each float tensor by its sum over the processes, all of them in one message."""
-    if processes()[1] > 1:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(total.view_as(tensor))
-
-
-@contextlib.contextmanager
-def first_process_first():
-    """What is inside is done by process 0 before the others: they find its files."""
-    rank, size = processes()
-    if rank:
-        dist.barrier()
-    yield
-    if size > 1 and not rank:
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def joined(device: torch.device):
-    """Inside, the processes that torchrun started know each other; all but the first are mute."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    local = int(os.environ["LOCAL_RANK"])
-    if device.type == "cuda":
-        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-            raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs; start at most as many")
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    with contextlib.ExitStack() as muted:
-        if dist.get_rank():
-            nowhere = muted.enter_context(open(os.devnull, "w"))
-            muted.enter_context(contextlib.redirect_stdout(nowhere))
-            muted.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
 
 
 # Configuration
@@ -185,8 +123,11 @@ def check_settings(cfg: Config):
         if isinstance(value, int) and value < (0 if f.name in ("hvq_epochs", "mim_epochs", "mim_warmup") else 1):
             raise InputError(f"{option} {value}: too small")
     for name in ("train_ratio", "train_block", "score_ratio", "score_block"):
-        if not 0 < getattr(cfg, name) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share of the tokens, above 0 and at most 1")
+        if not 0 < getattr(cfg, name) <= 1 or name.endswith("ratio") and not round(getattr(cfg, name) * cfg.grid ** 2):
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: a share of the {cfg.grid ** 2} tokens, above 0 "
+                             "and at most 1, that a mask hides; at least one token")
+    if cfg.codes > 2 ** 15:
+        raise InputError(f"--codes {cfg.codes}: at most {2 ** 15}")
     for name in ("hvq", "mim"):
         if getattr(cfg, f"{name}_width") % getattr(cfg, f"{name}_heads"):
             raise InputError(f"--{name}-heads {getattr(cfg, f'{name}_heads')}: must divide --{name}-width")
@@ -380,7 +321,8 @@ class HVQ(nn.Module):
 
     def quantise(self, h):
         """Equations 3 and 4, the top level first: every other level sees its own h^l and z^L.
-        Returns psi (L lists of (B, N, dq)), z likewise with straight-through gradients, and the codes i (B, L, N)."""
+        Returns what each psi^l gives, L tensors (B, N, dq), z likewise with straight-through gradients, and the codes i
+        (B, L, N)."""
         top = self.levels - 1
         psi, z, codes = [None] * self.levels, [None] * self.levels, [None] * self.levels
         for level in (top, *range(top)):
@@ -393,8 +335,8 @@ class HVQ(nn.Module):
         return psi, z, torch.stack(codes, 1)
 
     def decode(self, z):
-        """z -> rebuilt h0 (B, N, d0); levels are consumed from deep to shallow. A code that does not say where it lies could
-        not be found by the token it belongs to."""
+        """z -> rebuilt h0 (B, N, d0); levels are consumed from deep to shallow. Cross-attention has no order of its own, so the
+        positions are added to the codes: otherwise a token could not find its own."""
         x = self.query_positions + self.query(z[-1])
         for level in reversed(range(self.levels)):
             x = self.decoder[level](x, self.lift[level](z[level]) + self.query_positions)
@@ -506,7 +448,8 @@ def checkerboard_masks(grid: int) -> torch.Tensor:
 
 
 def draw_masks(cfg: Config, n: int, generator: torch.Generator, scoring: bool) -> torch.Tensor:
-    """n masks (n, N) bool as the configuration asks, drawn on the CPU so that every device sees the same ones."""
+    """n masks (n, N) bool as the configuration asks, drawn on the CPU so that every device sees the same ones. Checkerboards
+    are six, and scoring takes each of them once."""
     ratio, block = (cfg.score_ratio, cfg.score_block) if scoring else (cfg.train_ratio, cfg.train_block)
     tokens = cfg.grid ** 2
     if cfg.mask == "block":
@@ -543,8 +486,8 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
 
     def forward(self, h0, mask):
-        """h0 (B, N, d0), mask (M, N) for all images or (B, M, N) bool -> logits (B, M, L, K) of the histogram, or
-        (B, M, N, L * K, d0 or 48) for every token."""
+        """h0 (B, N, d0), mask (M, N) for all images or (B, M, N) bool -> logits (B, M, L, K) of the histogram, or with another
+        target (B, M, N, C) for every token, C = L * K for codes, d0 for features, 48 for pixels."""
         x = self.embed(h0)[:, None]                                               # (B, 1, N, width)
         mask = mask.expand(len(h0), *mask.shape[-2:])                             # (B, M, N)
         x = torch.where(mask[..., None], self.e, x)                               # (B, M, N, width)
@@ -576,6 +519,68 @@ def mim_error(mim: ViT, h0, mask, codes, pixels=None):
     else:
         error = (found - (pixels if mim.target == "pixel" else h0)[:, None]).square().mean(-1)
     return torch.where(mask, error, 0).sum(-1) / mask.sum(-1)
+
+
+# Several processes: torchrun --nproc-per-node N ladmim.py train ...
+#
+# Every process holds the whole model and all features, draws the same randomness, and takes its share of each batch. What
+# they learn is added up, gradients and code counts alike, so that all of them take one and the same step. Process 0 alone
+# writes and prints. DistributedDataParallel would average gradients, which is wrong where shares are uneven, and knows
+# nothing of code counts.
+
+def processes() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def share(batch: torch.Tensor) -> torch.Tensor:
+    """This process's part of a batch: even parts but for one element, empty where the batch is shorter than that."""
+    rank, size = processes()
+    return batch.tensor_split(size)[rank]
+
+
+@torch.no_grad()
+def add_up(tensors: list[torch.Tensor]):
+    """Replaces each float tensor by its sum over the processes, all of them in one message."""
+    if processes()[1] > 1:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(total.view_as(tensor))
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What is inside is done by process 0 before the others: they find its files."""
+    rank, size = processes()
+    if rank:
+        dist.barrier()
+    yield
+    if size > 1 and not rank:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: torch.device):
+    """Inside, the processes that torchrun started know each other; all but the first are mute."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} GPUs; start at most as many")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with contextlib.ExitStack() as muted:
+        if dist.get_rank():
+            nowhere = muted.enter_context(open(os.devnull, "w"))
+            muted.enter_context(contextlib.redirect_stdout(nowhere))
+            muted.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 # Training
@@ -681,13 +686,11 @@ class Run:
         if not self.writes:
             return
         lines = "".join(json.dumps(line) + "\n" for line in self.state["metrics"])
-        (self.folder / "metrics.jsonl").write_text(lines)
+        write_whole(self.folder / "metrics.jsonl", lines.encode())
 
     def log(self, **line):
         self.state["metrics"].append(line)
-        if self.writes:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+        self.write_metrics()
 
 
 @contextlib.contextmanager
@@ -934,7 +937,7 @@ def combine(calibration: dict, s_hvq, s_mim, part=""):
 
 
 def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
-    """The M masks (M, N) that every photo of a run is scored with."""
+    """The M masks (M, N) that every photo of a run is scored with; checkerboards are six, whatever --masks says."""
     return draw_masks(cfg, cfg.masks, seeded(seed, "scoring masks"), scoring=True).to(device)
 
 
@@ -957,7 +960,10 @@ def all_errors(hvq: HVQ, mim: ViT, cfg: Config, h0, index: torch.Tensor, masks, 
 
 def git_commit() -> str:
     """The commit of this code, "-dirty" behind it where the files differ, or "" outside git."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    except OSError:                                  # no git on this machine
+        return ""
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
@@ -1041,8 +1047,10 @@ def find_features(photos, cfg: Config, cache: Path, device, pdn: nn.Module | Non
         for reason in error.reasons.values():
             print(f"warning: {reason}", file=sys.stderr)
         good = [photo for photo in photos if photo.path not in error.reasons]
-        if {"train", "validation"} - {photo.split for photo in good}:
-            raise InputError("no training or no validation photo is left that can be read; see the warnings above") from None
+        for name in sorted({photo.category for photo in photos}):
+            if {"train", "validation"} - {photo.split for photo in good if photo.category == name}:
+                raise InputError(f"{name}: no training or no validation photo is left that can be read; see the warnings "
+                                 "above") from None
         return compute(good), good, len(error.reasons)
 
 
@@ -1173,7 +1181,7 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
                          *(f"{float(value):.9g}" for value in scores)])
         run.state["calibration"][name] = found | normal
     table = io.StringIO(newline="")
-    csv.writer(table).writerows([["path", "split", "kind", "label", "s_hvq", "s_mim", "score"], *rows])
+    csv.writer(table).writerows([evaluation.HEADER, *rows])
     maps = np.array([torch.stack(pair).numpy() for pair in maps], np.float32).reshape(-1, 2, cfg.grid, cfg.grid)
     content = io.BytesIO()                           # each photo's structural and logical map, for eval.py
     np.savez_compressed(content, path=np.array([row[0] for row in rows]), maps=maps)
@@ -1238,9 +1246,6 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     if category not in known and (category or len(known) > 1):
         raise InputError(f"--category {category or '(not given)'}: this run knows {', '.join(known)}; name one")
     cfg = Config(**{f.name: state["config"][f.name] for f in dataclasses.fields(Config) if f.name in state["config"]})
-    if cfg.hvq_score not in ("mean", "max", "whitened"):
-        raise InputError(f"--run {folder}: was scored with --hvq-score {cfg.hvq_score}, which this version does not know; "
-                         "train it again")
     pdn, _ = pdn_from_state(state["pdn"], str(folder))
     hvq, mim = HVQ(cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
     hvq.load_state_dict(state["hvq"])
@@ -1258,6 +1263,8 @@ def predict(args) -> int:
     threshold = detector.calibration["threshold"]
     names = data.flat_names(paths)
     if args.heatmap:
+        if Path(args.heatmap).resolve() in {path.resolve().parent for path in paths}:
+            raise InputError(f"--heatmap {args.heatmap}: holds the photos themselves; name another folder")
         try:
             Path(args.heatmap).mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1273,7 +1280,12 @@ def predict(args) -> int:
             print(json.dumps(detail) if args.json else
                   f"{verdict:7} {total:8.2f}  (structural {hvq:.2f}, logical {mim:.2f})  {data.printable(str(path))}")
             if args.heatmap:
-                draw_heat(path, heat, detector.cfg).save(Path(args.heatmap) / f"{name}.png")
+                picture = draw_heat(path, heat, detector.cfg)
+                try:
+                    picture.save(Path(args.heatmap) / f"{name}.png")
+                except OSError as error:
+                    raise InputError(f"--heatmap {args.heatmap}: {name}.png cannot be saved ({error.strerror}); free some "
+                                     "space or name another folder") from None
         batch.clear()
 
     for path, name, image in zip(paths, names, data.load_images(paths, detector.cfg.image_size)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -37,11 +38,17 @@ ABLATIONS = {
 }
 
 
-def train(data: str | None, preset: str, category: str, seed: int, folder: Path, settings: dict, take: Path | None):
-    if (folder / "scores.csv").exists():
-        return
-    words = ["train", "--category", category, "--preset", preset, "--seed", str(seed), "--out", str(folder)]
-    words += ["--data", data] if data else []
+def train(data: str, preset: str, category: str, seed: int, folder: Path, settings: dict, take: Path | None):
+    """One run, unless it is there and finished. Raises InputError where the folder holds a run of other settings."""
+    if (folder / "checkpoint.pt").exists():
+        state = ladmim.load_checkpoint(folder / "checkpoint.pt")
+        wanted = dataclasses.asdict(ladmim.Config(**ladmim.PRESETS[preset] | settings))
+        differ = [name for name, value in wanted.items() if state["config"].get(name) != value]
+        if differ:
+            raise evaluation.InputError(f"{folder}: was trained with other {', '.join(differ)}; move it away")
+        if state["stage"] == "done":
+            return
+    words = ["train", "--data", data, "--category", category, "--preset", preset, "--seed", str(seed), "--out", str(folder)]
     words += ["--take", str(take)] if take else []
     for name, value in settings.items():
         words += [f"--{name.replace('_', '-')}", str(value)]
@@ -53,6 +60,7 @@ def train(data: str | None, preset: str, category: str, seed: int, folder: Path,
 def ablate(name: str, data: str | None, preset: str, category: str, seeds: list[int], runs: Path):
     """-> {row: [records]} of one ablation, `eval.evaluate`'s; leak's rows are named by how scores were standardised, too."""
     root, categories = ladmim.find_data(argparse.Namespace(data=data, category=category))
+    data, category = str(root), category if category == "all" else ",".join(categories)      # as `train` names its folder
     home, rows, usual = runs / root.resolve().name, {}, ladmim.Config(**ladmim.PRESETS[preset])
     for label, settings in ABLATIONS[name][1].items():
         if name == "width":

@@ -152,8 +152,10 @@ def efficientad(pdn, images, mean, std, parts, seed: int, device) -> tuple[Score
     return Scores(validation[0], test[0], *cost), Scores(*added, *cost)
 
 
-def compare(run: evaluation.Run, category: str, cache: Path) -> list[dict]:
-    """The baselines beside a finished run of LADMIM, trained on its photos: a record each."""
+def compare(run: evaluation.Run, ours: dict, cache: Path) -> list[dict]:
+    """The baselines beside a finished run of LADMIM, trained on its photos: a record each. ours: `eval.evaluate`'s record
+    of one of the run's categories."""
+    category = ours["category"]
     state = ladmim.load_checkpoint(run.folder / "checkpoint.pt")
     detector = ladmim.load_detector(run.folder, category, ladmim.pick_device(None))
     cfg, device, root = detector.cfg, detector.mean.device, Path(run.config.get("root", ""))
@@ -181,7 +183,6 @@ def compare(run: evaluation.Run, category: str, cache: Path) -> list[dict]:
     memory.milliseconds += 1e3 * backbone
     memory.train_seconds += backbone * len(parts["train"])
     student, both = efficientad(detector.pdn, images, detector.mean, detector.std, parts, seed, device)
-    ours = evaluation.evaluate(run, category)
     records = [{"system": "LADMIM", "both": ours["both"], "train": trained + backbone * len(parts["train"]),
                 "image": 1e3 * seconds / len(kinds)}]
     steps = f"{STEPS[device.type]:,} steps"
@@ -193,8 +194,8 @@ def compare(run: evaluation.Run, category: str, cache: Path) -> list[dict]:
         if {"logical", "structural"} <= figures.keys():
             figures["average"] = (figures["logical"] + figures["structural"]) / 2
         records.append({"system": name, "both": figures, "train": found.train_seconds, "image": found.milliseconds})
-    return [record | {"category": category, "seed": seed, "columns": ours["columns"], "rendered": run.config["rendered"],
-                      "data": run.config["data"], "preset": run.config["preset"]} for record in records]
+    about = {key: ours[key] for key in ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP)}
+    return [record | about for record in records]
 
 
 def table(records: list[dict]) -> tuple:
@@ -208,4 +209,5 @@ def table(records: list[dict]) -> tuple:
         rows.append([system, *(evaluation.spread(rs, "both", column) for column in columns),
                      f"{np.mean([r['train'] for r in rs]):.0f}", f"{np.mean([r['image'] for r in rs]):.0f}", *each])
     header = ["system", *columns, "training s", "ms an image", *(f"{one}: {' / '.join(columns[:2])}" for one in categories)]
-    return f"{evaluation.data_title(first)}, {first['preset']}: baselines on the same PDN, AUROC %", header, rows
+    group = ", ".join(first[key] for key in evaluation.GROUP)
+    return f"{evaluation.data_title(first)}, {group}: baselines on the same PDN, AUROC %", header, rows

@@ -106,7 +106,7 @@ def histogram_plot(p, q) -> Image.Image:
     """p, q (L, K): predicted and actual histogram of a masked region; of each level the 16 codes that matter most."""
     image, draw, font = canvas(340, 24 + 62 * len(p))
     draw.text((6, 3), "predicted", BLUE, font)
-    draw.text((80, 3), "actual, codes of levels 1 to 4 downwards", ORANGE, font)
+    draw.text((80, 3), f"actual, codes of levels 1 to {len(p)} downwards", ORANGE, font)
     for level, (predicted, actual) in enumerate(zip(p, q)):
         bottom, shown = 76 + 62 * level, np.argsort(-np.maximum(predicted, actual))[:16]
         for i, code in enumerate(np.sort(shown)):
@@ -137,12 +137,10 @@ def masked(photo: Image.Image, mask) -> Image.Image:
 @torch.inference_mode()
 def mistake(detector: ladmim.Detector, path: Path, heat, caption: str) -> str:
     """The paper's Figure 5: a photo, its heat map (g, g), the mask that saw most, and the histograms it compared."""
-    cfg, c = detector.cfg, detector.calibration
+    cfg = detector.cfg
     h0, pixels = detector.look(data.load_image(path, cfg.image_size)[None])
     _, codes = detector.hvq(h0)
     error = ladmim.mim_error(detector.mim, h0, detector.masks, codes.to(torch.int16), pixels)[0]
-    if "masks" in c:
-        error = (error - c["masks"][0]) / c["masks"][1]
     mask = detector.masks[error.argmax()]
     photo = thumbnail(path)
     pictures = [picture(photo, "photo"), picture(evaluation.overlay(photo, heat, cfg.image_size), "heat map"),
@@ -199,8 +197,8 @@ def code_section(detector: ladmim.Detector, photos: list, root: Path, category: 
 
 
 def category_section(run: evaluation.Run, category: str) -> str:
-    root, photos = evaluation.test_photos(run, category)
-    maps, size = evaluation.read_maps(run), run.config["image_size"]
+    root, photos, maps = evaluation.tested_photos(run, category)
+    size = run.config["image_size"]
     own = run.category == category
     normals = own & ~run.test & (run.kind == "good")
     both = sum(evaluation.standardise(s, s[normals]) for s in (run.s_hvq, run.s_mim))

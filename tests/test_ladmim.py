@@ -490,6 +490,22 @@ def trained(tmp_path_factory):
     return folder, result
 
 
+def test_a_category_without_a_readable_validation_photo_is_named(tmp_path):
+    for name in ("widgets", "gadgets"):
+        make_photos(tmp_path / "made")
+        (tmp_path / "made" / "widgets").rename(tmp_path / name)
+    for path in (tmp_path / "gadgets" / "validation" / "good").iterdir():
+        path.write_bytes(b"no photo")
+    result = command("train", "--data", tmp_path, "--category", "widgets,gadgets", *QUICK, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2 and errors_of(result)[0].startswith("error: gadgets: no training or no validation photo")
+    assert len(errors_of(result)) == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_machine_without_git_trains_too(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert ladmim.git_commit() == ""
+
+
 def test_train_writes_a_whole_run(trained):
     folder, result = trained
     run = folder / "run"

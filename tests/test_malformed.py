@@ -236,7 +236,7 @@ def test_checkpoints_that_are_none(place, tmp_path):
     shutil.copytree(place / "run", run)
     cases = [whole[:int(i / 20 * len(whole))] for i in range(20)]
     cases += [b"text", pickle.dumps({"format": 1}), pickle.dumps(Hostile(tmp_path / "ran"))]
-    for value in ([1, 2], {}, {"format": 99}, {"format": None}, {"format": "1"}, state | {"format": 2}, torch.zeros(3), "text",
+    for value in ([1, 2], {}, {"format": 99}, {"format": None}, {"format": "1"}, state | {"format": ladmim.FORMAT + 1}, torch.zeros(3), "text",
                   Hostile(tmp_path / "ran")):
         file = io.BytesIO()
         torch.save(value, file)
@@ -276,12 +276,12 @@ def wrong_options():
                  ("--device", "cuda:7"), ("--out", "run/scores.csv"),
                  ("--seed", "x"), ("--seed", "-1"), ("--seed", "4-2"), ("--seed", "1e3"), ("--seed", "0-99999999"),
                  ("--seed", ""), ("--grid", "7"), ("--hvq-heads", "5"), ("--mim-heads", "3"), ("--mask", "checkerboard"),
-                 ("--image-size", "30"),
+                 ("--image-size", "30"), ("--train-ratio", "0.001"), ("--score-ratio", "0.001"), ("--codes", "40000"),
                  ("--wrong", "1"), ("--out", "other", "--seeds", "0-1"), ("--cache", "run/scores.csv")):
         yield (*TRAIN, *more)
     yield from (("train",), ("train", "--category"), (), ("nothing",), ("predict",), ("predict", "photos"))
     for more in (("--run", "none"), ("--run", "photos"), ("--category", "other"), ("--heatmap", "run/scores.csv"),
-                 ("--device", "x")):
+                 ("--heatmap", "photos/widgets/test/good"), ("--device", "x")):
         yield (*PREDICT, *more)
     for more in (("--images", "none"), ("--images", "run/scores.csv"), ("--teacher", "none"), ("--size", "large"),
                  ("--start", "none"), ("--precision", "fp8"),
@@ -305,7 +305,7 @@ def test_a_wrong_option_is_one_line_and_changes_nothing(place, arguments):
     (data.main, ()), (data.main, ("render", "--out", "photos", "--category", "none")),
     *((evaluation.main, arguments) for arguments in (
         ("none",), ("--runs", "none"), ("photos",), ("--standardise", "all"), ("--json", "run/scores.csv", "run"),
-        ("--maps", "run/scores.csv", "run"), ("--wrong",), ("run", "--json", "photos")))])
+        ("--maps", "run/scores.csv", "run"), ("--maps", "photos", "run"), ("--wrong",), ("run", "--json", "photos")))])
 def test_wrong_options_of_the_other_commands(place, monkeypatch, capsys, main, arguments):
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["command", *arguments])

@@ -109,8 +109,25 @@ def test_leaks_are_those_of_the_published_code(small):
     run = evaluation.read_run(small / "runs/ablations/twin/juice_bottle-tiny-hvq_score=mean-seed0")
     assert plain["both"] == evaluation.evaluate(run, "juice_bottle")["both"]
     assert leaky["both"] == evaluation.evaluate(run, "juice_bottle", "test")["both"]
+    assert "LEAK" in json.loads(open("runs/ablation-leak.json").read())["tables"][0]["banner"]
     turned = found["HVQ mean, standardised over test, flipped"][0]["both"]
     assert turned["logical"] == max(leaky["both"]["logical"], 1 - leaky["both"]["logical"])
+
+
+def test_a_run_of_other_settings_is_no_row_of_an_ablation(small, tmp_path, monkeypatch, capsys):
+    words = ["--ablation", "scoring", "--data", "twin", "--category", "juice_bottle", "--runs", str(tmp_path)]
+    assert evaluation.main(words) == 0
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", SETTINGS | {"hvq_lr": 0.5})
+    assert evaluation.main(words) == 2 and "other hvq_lr" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_an_ablation_is_no_traceback(small, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ladmim, "train", interrupted)
+    assert evaluation.main(["--ablation", "scoring", "--data", "twin", "--category", "juice_bottle", "--runs", str(tmp_path)]) == 130
+    assert "goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, rows", [("masking", 7), ("width", 4), ("multi", 2)])
