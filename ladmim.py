@@ -98,6 +98,7 @@ class Config:
     score_ratio: float = 230 / 576
     score_block: float = 92 / 576
     masks: int = 64                                  # M
+    mim_score: str = choice("mean", "mean", "whitened")
     target: str = choice("histogram", "histogram", "code", "feature", "pixel")   # what the ViT predicts (Table 8)
 
 
@@ -106,7 +107,8 @@ PRESETS = {
     "fast": dict(hvq_epochs=200, hvq_lr=4e-4, mim_epochs=150, mim_warmup=10, mim_lr=3e-4, hvq_score="max"),
     "tiny": dict(grid=12, codes=32, code_dim=32, hvq_width=128, hvq_heads=4, hvq_dropout=0.0, codebook="ema", hvq_epochs=40,
                  hvq_batch=4, hvq_lr=1e-3, hvq_score="whitened", mim_width=192, mim_heads=4, mim_blocks=3, mim_dropout=0.0,
-                 mim_epochs=50, mim_warmup=3, mim_batch=8, mim_lr=1e-3, masks=32),
+                 mim_epochs=50, mim_warmup=3, mim_batch=8, mim_lr=1e-3, masks=32, score_ratio=130 / 576, score_block=46 / 576,
+                 mim_score="whitened"),
 }
 
 
@@ -137,6 +139,8 @@ def check_settings(cfg: Config):
     if side < 1 or side % cfg.grid:
         raise InputError(f"--grid {cfg.grid}: must divide the backbone's {side} positions a side at --image-size "
                          f"{cfg.image_size}")
+    if cfg.mim_score == "whitened" and cfg.target != "histogram":
+        raise InputError(f"--mim-score whitened: --target {cfg.target} has no histograms to measure; add --mim-score mean")
     if cfg.mask == "checkerboard" and cfg.grid % 12:
         raise InputError(f"--grid {cfg.grid}: --mask checkerboard needs a multiple of 12")
 
@@ -502,14 +506,14 @@ class ViT(nn.Module):
         return self.head(self.norm(p)).float().view(*mask.shape[:2], self.levels, self.codes)
 
 
-def mim_error(mim: ViT, h0, mask, codes, pixels=None):
+def mim_error(mim: ViT, found, h0, mask, codes, pixels=None):
     """Equation 12: the L1 distance of the predicted histogram from the actual one, summed over the levels, for each mask.
     With another target (Table 8), the mean over the mask's tokens of the codes' cross-entropy, summed over the levels, or of
     the squared error of features or pixels.
 
-    h0 (B, N, d0), mask (M, N) or (B, M, N), codes (B, L, N), pixels (B, N, 48) where they are the target -> (B, M)
+    found: what mim(h0, mask) predicts; h0 (B, N, d0), mask (M, N) or (B, M, N), codes (B, L, N), pixels (B, N, 48) where they
+    are the target -> (B, M)
     """
-    found = mim(h0, mask)
     if mim.target == "histogram":
         return histogram_l1(found, codes, mask).sum(-1)
     if mim.target == "code":
@@ -822,7 +826,8 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device, pixels=None) 
 
         def loss(index):
             with in_precision(cfg, device):
-                return mim_error(mim, h0(index), mask[index], codes[index], pixels and pixels(index)).mean()
+                x, hidden = h0(index), mask[index]
+                return mim_error(mim, mim(x, hidden), x, hidden, codes[index], pixels and pixels(index)).mean()
         return loss
 
     def lr(epoch):                                   # linear warm-up, then cosine to 1e-6
@@ -840,17 +845,25 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device, pixels=None) 
 @torch.inference_mode()
 def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tensor, budget: int = 0, pixels=None):
     """What the detectors fail at. h0 (B, N, d0), masks (M, N) -> each token's squared error (B, N), or for the whitened score
-    its residual (B, N, d0), and each mask's error (B, M), `mim_error`. budget: bytes that one activation of the ViT may take;
-    by default what a CPU's cache holds, or what fills a GPU."""
+    its residual (B, N, d0); each mask's error (B, M), `mim_error`; and for the whitened score predicted minus actual histogram,
+    the mean over the masks (B, L, K), otherwise nothing (B, 0). budget: bytes that one activation of the ViT may take; by
+    default what a CPU's cache holds, or what fills a GPU."""
     budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
     widest = cfg.mim_width if cfg.target == "histogram" else max(cfg.mim_width, mim.head.out_features)
     step = max(1, budget // (len(h0) * h0.shape[1] * widest * 4))
     with in_precision(cfg, h0.device):
         rebuilt, codes = hvq(h0)
-        codes = codes.to(torch.int16)
-        l1 = torch.cat([mim_error(mim, h0, part, codes, pixels) for part in masks.split(step)], 1)
+        codes, l1, histogram = codes.to(torch.int16), [], h0.new_zeros(len(h0), 0)
+        if cfg.mim_score == "whitened":              # a token's share in the mean of the actual histograms
+            share = (masks / masks.sum(1, keepdim=True)).mean(0).expand(codes.shape)
+            histogram = h0.new_zeros(len(h0), cfg.levels, cfg.codes).scatter_add_(2, codes.long(), -share)
+        for part in masks.split(step):
+            found = mim(h0, part)
+            l1.append(mim_error(mim, found, h0, part, codes, pixels))
+            if cfg.mim_score == "whitened":
+                histogram += found.softmax(-1).sum(1) / len(masks)
     residual = h0 - rebuilt
-    return residual if cfg.hvq_score == "whitened" else residual.square().mean(-1), l1
+    return residual if cfg.hvq_score == "whitened" else residual.square().mean(-1), torch.cat(l1, 1), histogram
 
 
 def normal_statistics(values: torch.Tensor) -> torch.Tensor:
@@ -896,19 +909,26 @@ def abnormal(residual: torch.Tensor, grid: int, normal: list[dict]) -> list[torc
     return [(distances(x, one) - one["distance"][0]) / one["distance"][1] for x, one in zip(windows(residual, grid), normal)]
 
 
-def learn_normal(cfg: Config, train: torch.Tensor, validation: torch.Tensor) -> dict:
-    """What the whitened score needs to know of one category's normals, from their residuals (n, N, d0)."""
-    normal = [whitening(x) for x in windows(train, cfg.grid)]
-    return {"windows": normal, "largest": [moments(z.amax(1)) for z in abnormal(validation, cfg.grid, normal)]}
+def learn_normal(cfg: Config, train, validation) -> dict:
+    """What the whitened scores need to know of one category's normals; train, validation: what `errors` found there."""
+    normal = {}
+    if cfg.hvq_score == "whitened":
+        normal["windows"] = [whitening(x) for x in windows(train[0], cfg.grid)]
+        normal["largest"] = [moments(z.amax(1)) for z in abnormal(validation[0], cfg.grid, normal["windows"])]
+    if cfg.mim_score == "whitened":
+        normal["histograms"] = [whitening(x[:, None]) for x in train[2].unbind(1)]
+    return normal
 
 
-def detect(cfg: Config, error: torch.Tensor, l1: torch.Tensor, masks: torch.Tensor, normal: dict):
-    """error, l1 as `errors` finds them, masks (M, N), normal: `learn_normal`'s.
+def detect(cfg: Config, found, masks: torch.Tensor, normal: dict):
+    """found: what `errors` returns, masks (M, N), normal: `learn_normal`'s.
     -> S_HVQ (B,), S_MIM (B,), and where they come from, each (B, N).
 
     S_HVQ is the mean over the tokens, the largest 3x3 mean, or (whitened) the largest distance of a window's mean residual,
-    each size of window standardised by the validation normals. S_MIM is the mean over the masks.
+    each size of window standardised by the validation normals. S_MIM is the mean over the masks or (whitened) the distance of
+    the mean histogram residual, summed over the levels: what normals miss, too, does not count.
     """
+    error, l1, histogram = found
     if cfg.hvq_score == "whitened":
         far = abnormal(error, cfg.grid, normal["windows"])
         s_hvq = torch.stack([(z.amax(1) - mean) / std for z, (mean, std) in zip(far, normal["largest"])]).amax(0)
@@ -918,8 +938,11 @@ def detect(cfg: Config, error: torch.Tensor, l1: torch.Tensor, masks: torch.Tens
         s_hvq = smooth.flatten(1).amax(1)
     else:
         s_hvq = error.mean(1)
+    s_mim = l1.mean(1)
+    if cfg.mim_score == "whitened":
+        s_mim = sum(distances(x[:, None], one)[:, 0] for x, one in zip(histogram.unbind(1), normal["histograms"]))
     seen = masks.to(l1.dtype)
-    return s_hvq, l1.mean(1), error, l1 @ seen / seen.sum(0).clamp(min=1)
+    return s_hvq, s_mim, error, l1 @ seen / seen.sum(0).clamp(min=1)
 
 
 def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> dict:
@@ -943,10 +966,10 @@ def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
 
 def all_errors(hvq: HVQ, mim: ViT, cfg: Config, h0, index: torch.Tensor, masks, pixels=None, batch: int = 8):
     """`errors` of the photos numbered by index, h0(index) and pixels(index) as in training, on the CPU."""
-    progress = Progress("scoring" if len(masks) else "normal residuals", len(index), "photos")
-    (rank, size), starts = processes(), range(0, len(index), batch)
+    progress, (rank, size), starts = Progress("scoring", len(index), "photos"), processes(), range(0, len(index), batch)
     tokens = (cfg.grid ** 2, hvq.embed.in_features) if cfg.hvq_score == "whitened" else (cfg.grid ** 2,)
-    found = [torch.zeros(len(index), *columns, device=masks.device) for columns in (tokens, (len(masks),))]
+    histogram = (cfg.levels, cfg.codes) if cfg.mim_score == "whitened" else (0,)
+    found = [torch.zeros(len(index), *columns, device=masks.device) for columns in (tokens, (len(masks),), histogram)]
     for start in starts[rank::size]:                 # the others' rows stay zero until all are added up
         part = index[start:start + batch]
         for all_values, values in zip(found, errors(hvq, mim, cfg, h0(part), masks, pixels=pixels and pixels(part))):
@@ -1078,7 +1101,7 @@ def train(args) -> int:
 
 
 # Settings that say how a trained run scores, and those of its ViT: other runs may take over what does not depend on them.
-SCORING = {"hvq_score", "masks", "score_ratio", "score_block"}
+SCORING = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
 MIM = {"mim_width", "mim_blocks", "mim_heads", "mim_dropout", "mim_epochs", "mim_warmup", "mim_batch", "mim_lr", "mask",
        "train_ratio", "train_block", "target"}
 
@@ -1161,25 +1184,24 @@ def check_test_split(photos):
 def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, h0, device, pixels=None):
     """Scores the photos, calibrates each category on its own normals, writes scores.csv and the final checkpoint."""
     began, masks, rows = time.monotonic(), scoring_masks(cfg, run.seed, device), []
-    n, maps = sum(photo.split == "train" for photo in photos), []                 # they come first
-    error, l1 = all_errors(hvq, mim, cfg, h0, torch.arange(n, len(photos)), masks, pixels)
-    trained, scored = photos[:n], photos[n:]
+    learns = "whitened" in (cfg.hvq_score, cfg.mim_score)
+    maps, index = [], torch.tensor([i for i, photo in enumerate(photos) if learns or photo.split != "train"])
+    found = all_errors(hvq, mim, cfg, h0, index, masks, pixels)
+    scored = [photos[i] for i in index]
     run.state["calibration"] = {}
     for name in sorted({photo.category for photo in photos}):
-        train, validation, tested = (torch.tensor([i for i, photo in enumerate(part) if photo.category == name and
-                                                   photo.split in splits], dtype=torch.long) for part, splits in (
-            (trained, ("train",)), (scored, ("validation",)), (scored, ("validation", "test"))))
-        normal = {}
-        if cfg.hvq_score == "whitened":              # of the training photos HVQ-Trans's errors are enough: no mask
-            normal = learn_normal(cfg, all_errors(hvq, mim, cfg, h0, train, masks[:0], pixels)[0], error[validation])
-        found = calibrate(*detect(cfg, error[validation], l1[validation], masks.cpu(), normal))
-        s_hvq, s_mim, *where = detect(cfg, error[tested], l1[tested], masks.cpu(), normal)
-        maps += zip(*((part - found[key][0]) / found[key][1] for part, key in zip(where, ("hvq_map", "mim_map"))))
-        for i, *scores in zip(tested, s_hvq, s_mim, combine(found, s_hvq.double(), s_mim.double())):
+        train, validation, tested = (torch.tensor([i for i, photo in enumerate(scored) if photo.category == name and
+                                                   photo.split in splits], dtype=torch.long)
+                                     for splits in (("train",), ("validation",), ("validation", "test")))
+        normal = learn_normal(cfg, *([part[split] for part in found] for split in (train, validation)))
+        normal |= calibrate(*detect(cfg, [part[validation] for part in found], masks.cpu(), normal))
+        s_hvq, s_mim, *where = detect(cfg, [part[tested] for part in found], masks.cpu(), normal)
+        maps += zip(*((part - normal[key][0]) / normal[key][1] for part, key in zip(where, ("hvq_map", "mim_map"))))
+        for i, *scores in zip(tested, s_hvq, s_mim, combine(normal, s_hvq.double(), s_mim.double())):
             photo = scored[i]
             rows.append([photo.path.relative_to(root).as_posix(), photo.split, photo.kind, photo.label,
                          *(f"{float(value):.9g}" for value in scores)])
-        run.state["calibration"][name] = found | normal
+        run.state["calibration"][name] = normal
     table = io.StringIO(newline="")
     csv.writer(table).writerows([evaluation.HEADER, *rows])
     maps = np.array([torch.stack(pair).numpy() for pair in maps], np.float32).reshape(-1, 2, cfg.grid, cfg.grid)
@@ -1188,7 +1210,7 @@ def write_scores(run: Run, cfg: Config, root: Path, photos, hvq: HVQ, mim: ViT, 
     if run.writes:
         write_whole(run.folder / "maps.npz", content.getvalue())
         write_whole(run.folder / "scores.csv", table.getvalue().encode("utf-8", "surrogateescape"))
-    run.log(stage="score", photos=len(scored), seconds=round(time.monotonic() - began, 3))
+    run.log(stage="score", photos=len(index), seconds=round(time.monotonic() - began, 3))
     run.save(stage="done", optimizer=None)
 
 
@@ -1230,8 +1252,8 @@ class Detector:
         """images as for `look` -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat map (B, N), the sum of both standardised
         maps."""
         c, (h0, pixels) = self.calibration, self.look(images)
-        found = (part.cpu() for part in errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels=pixels))
-        s_hvq, s_mim, *maps = detect(self.cfg, *found, self.masks.cpu(), c)
+        found = [part.cpu() for part in errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels=pixels)]
+        s_hvq, s_mim, *maps = detect(self.cfg, found, self.masks.cpu(), c)
         return ((s_hvq - c["hvq"][0]) / c["hvq"][1], (s_mim - c["mim"][0]) / c["mim"][1], combine(c, s_hvq, s_mim),
                 combine(c, *maps, part="_map").numpy())
 

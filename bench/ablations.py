@@ -23,7 +23,7 @@ def masks(kind: str, share: float) -> dict:
 
 
 # Name -> the paper's table in reported_results.json, and the settings of each row.
-TARGETS = {name: {"target": name} for name in ("pixel", "feature", "code", "histogram")}
+TARGETS = {name: {"target": name, "mim_score": "mean"} for name in ("pixel", "feature", "code", "histogram")}
 ABLATIONS = {
     "scoring": ("table5_scoring_ablation", {"": {}}),
     "combine": ("table6_combined_with_hvq", TARGETS),
@@ -33,8 +33,12 @@ ABLATIONS = {
     "target": ("table8_prediction_target", TARGETS),
     "width": (None, {f"{factor:g} times the preset's mim_width": {"mim_width": factor} for factor in (0.25, 0.5, 1, 2)}),
     "multi": (None, {"each alone": {}, "one model": {}}),
-    "score": (None, {f"HVQ {score}": {"hvq_score": score} for score in ("mean", "max", "whitened")}),
-    "leak": (None, {f"HVQ {score}": {"hvq_score": score} for score in ("mean", "max")}),
+    "score": (None, {
+        **{f"HVQ {hvq}, MIM {mim}": {"hvq_score": hvq, "mim_score": mim}
+           for hvq, mim in (("mean", "mean"), ("max", "mean"), ("whitened", "mean"), ("whitened", "whitened"))},
+        "both whitened, masks of 230 of 576": {"hvq_score": "whitened", "mim_score": "whitened",
+                                               "score_ratio": 230 / 576, "score_block": 92 / 576}}),
+    "leak": (None, {f"HVQ {score}": {"hvq_score": score, "mim_score": "mean"} for score in ("mean", "max")}),
 }
 
 

@@ -100,7 +100,7 @@ def our_score(detector, paths):
     """Both means (B,) of photos that were never seen before: decoding and backbone included."""
     images = torch.stack([torch.from_numpy(image) for image in data.load_images(paths, detector.cfg.image_size)])
     h0 = ladmim.extract(detector.pdn_fast, images.to(detector.mean.device), detector.cfg.grid).half().float()
-    error, l1 = ladmim.errors(detector.hvq, detector.mim, detector.cfg, (h0 - detector.mean) / detector.std, detector.masks)
+    error, l1, _ = ladmim.errors(detector.hvq, detector.mim, detector.cfg, (h0 - detector.mean) / detector.std, detector.masks)
     return error.mean(1), l1.mean(1)
 
 
@@ -109,7 +109,7 @@ def our_score(detector, paths):
 def make_detector(cfg, device, seed=0):
     """An untrained detector with the shipped backbone and moments like a training set's: time and agreement need no more."""
     torch.manual_seed(seed)
-    cfg = dataclasses.replace(cfg, hvq_score="mean")
+    cfg = dataclasses.replace(cfg, hvq_score="mean", mim_score="mean")
     pdn = ladmim.load_pdn(cfg.pdn, seed)[0].to(device)
     hvq, mim = ladmim.HVQ(cfg, 384).to(device), ladmim.ViT(cfg, 384).to(device)
     detector = ladmim.Detector(cfg, pdn, hvq, mim, torch.zeros(384, device=device), torch.ones(384, device=device),

@@ -140,13 +140,15 @@ def mistake(detector: ladmim.Detector, path: Path, heat, caption: str) -> str:
     cfg = detector.cfg
     h0, pixels = detector.look(data.load_image(path, cfg.image_size)[None])
     _, codes = detector.hvq(h0)
-    error = ladmim.mim_error(detector.mim, h0, detector.masks, codes.to(torch.int16), pixels)[0]
-    mask = detector.masks[error.argmax()]
+    output = detector.mim(h0, detector.masks)
+    error = ladmim.mim_error(detector.mim, output, h0, detector.masks, codes.to(torch.int16), pixels)[0]
+    worst = int(error.argmax())
+    mask = detector.masks[worst]
     photo = thumbnail(path)
     pictures = [picture(photo, "photo"), picture(evaluation.overlay(photo, heat, cfg.image_size), "heat map"),
                 picture(masked(photo, mask.view(cfg.grid, -1).numpy()), "the mask that saw most")]
     if cfg.target == "histogram":
-        p = detector.mim(h0, mask[None])[0, 0].softmax(-1).numpy()                # (L, K)
+        p = output[0, worst].softmax(-1).numpy()     # (L, K)
         q = np.array([np.bincount(level[mask], minlength=cfg.codes) for level in codes[0].numpy()]) / int(mask.sum())
         pictures.append(picture(histogram_plot(p, q), "histograms", False))
     return figure(pictures, caption)

@@ -315,7 +315,7 @@ def test_order_of_codes_inside_a_mask_changes_no_loss():
 def scored(cfg, h0, normal=None, **options):
     hvq, mim = models(cfg)
     masks = ladmim.draw_masks(cfg, 5, ladmim.seeded(0), scoring=True)
-    return ladmim.detect(cfg, *ladmim.errors(hvq, mim, cfg, h0, masks, **options), masks, normal)
+    return ladmim.detect(cfg, ladmim.errors(hvq, mim, cfg, h0, masks, **options), masks, normal)
 
 
 def test_scores_do_not_depend_on_the_batch_or_the_memory_budget():
@@ -327,31 +327,36 @@ def test_scores_do_not_depend_on_the_batch_or_the_memory_budget():
         torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("hvq_score", ["mean", "max", "whitened"])
-def test_score_against_a_plain_loop(hvq_score):
-    cfg = dataclasses.replace(SMALL, hvq_score=hvq_score)
+@pytest.mark.parametrize("budget", [0, 1])
+@pytest.mark.parametrize("hvq_score, mim_score", [("mean", "mean"), ("max", "mean"), ("mean", "whitened"), ("whitened", "whitened")])
+def test_score_against_a_plain_loop(hvq_score, mim_score, budget):
+    cfg = dataclasses.replace(SMALL, hvq_score=hvq_score, mim_score=mim_score)
     hvq, mim = models(cfg)
     h0, masks = features(2), ladmim.draw_masks(cfg, 5, ladmim.seeded(0), scoring=True)
     normal = {"windows": [ladmim.whitening(torch.randn(20, count, h0.shape[-1])) for count in (36, 25, 1)],
+              "histograms": [ladmim.whitening(torch.randn(20, 1, 16)) for _ in range(4)],
               "largest": [[1.0, 2.0], [3.0, 1.0], [0.0, 5.0]]}
-    s_hvq, s_mim, hvq_map, mim_map = scored(cfg, h0, normal)
+    s_hvq, s_mim, hvq_map, mim_map = scored(cfg, h0, normal, budget=budget)
     for b in range(2):
         rebuilt, codes = hvq(h0[b:b + 1])
         residual = h0[b] - rebuilt[0]
         error = (residual ** 2).mean(-1)
-        losses = torch.zeros(5)
+        losses, off = torch.zeros(5), torch.zeros(4, 16)
         for m in range(5):
             p = mim(h0[b:b + 1], masks[m:m + 1]).softmax(-1)[0, 0]
             for level in range(4):
                 q = torch.bincount(codes[0, level][masks[m]], minlength=16) / masks[m].sum()
                 losses[m] += (p[level] - q).abs().sum()
-        largest = []
+                off[level] += (p[level] - q) / 5
+        largest, wrong = [], losses.mean()
+        if mim_score == "whitened":
+            wrong = sum((at["matrix"].T @ (x - at["mean"][0])).square().sum() for x, at in zip(off, normal["histograms"]))
         if hvq_score == "whitened":
             for side, at, (mean, std) in zip((1, 2, 6), normal["windows"], normal["largest"]):
                 square, far = residual.view(6, 6, -1), []
                 for w, (i, j) in enumerate((i, j) for i in range(7 - side) for j in range(7 - side)):
-                    off = square[i:i + side, j:j + side].mean((0, 1)) - at["mean"][w]
-                    far.append(((at["matrix"].T @ off).square().sum() - at["distance"][0, w]) / at["distance"][1, w])
+                    gap = square[i:i + side, j:j + side].mean((0, 1)) - at["mean"][w]
+                    far.append(((at["matrix"].T @ gap).square().sum() - at["distance"][0, w]) / at["distance"][1, w])
                 largest.append((max(far) - mean) / std)
                 error = torch.stack(far) if side == 1 else error
         torch.testing.assert_close(hvq_map[b], error, atol=1e-4, rtol=1e-4)
@@ -359,7 +364,7 @@ def test_score_against_a_plain_loop(hvq_score):
         smooth = [square[max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean() for i in range(6) for j in range(6)]
         expected = {"mean": error.mean(), "max": max(smooth), "whitened": max(largest, default=None)}[hvq_score]
         torch.testing.assert_close(s_hvq[b], expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(s_mim[b], losses.mean())
+        torch.testing.assert_close(s_mim[b], wrong, atol=1e-4, rtol=1e-4)
         for token in range(36):
             cover = masks[:, token]
             torch.testing.assert_close(mim_map[b, token], losses[cover].mean() if cover.any() else torch.zeros(()))
@@ -371,7 +376,7 @@ def test_other_targets_against_a_plain_loop(target):
     hvq, mim = models(cfg)
     h0, pixels, masks = features(2), torch.randn(2, 36, 48), ladmim.draw_masks(cfg, 5, ladmim.seeded(0), scoring=True)
     _, codes = hvq(h0)
-    error, found = ladmim.errors(hvq, mim, cfg, h0, masks, budget=1, pixels=pixels)
+    error, found, _ = ladmim.errors(hvq, mim, cfg, h0, masks, budget=1, pixels=pixels)
     for b in range(2):
         for m in range(5):
             output = mim(h0[b:b + 1], masks[m:m + 1])[0, 0]                       # (N, L * K, d0 or 48)
@@ -546,7 +551,7 @@ def test_taking_over_what_a_finished_run_has_learned(trained, tmp_path):
                        cwd=tmp_path)
 
     state = torch.load(folder / "run" / "checkpoint.pt")
-    for out, more, kept, changed in (("pixels", ["--target", "pixel"], ["hvq"], ["mim"]),
+    for out, more, kept, changed in (("pixels", ["--target", "pixel", "--mim-score", "mean"], ["hvq"], ["mim"]),
                                      ("mean", ["--hvq-score", "mean", "--masks", "7"], ["hvq", "mim"], [])):
         result = take(*more, out=out)
         assert result.returncode == 0, result.stderr

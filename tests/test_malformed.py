@@ -277,6 +277,7 @@ def wrong_options():
                  ("--seed", "x"), ("--seed", "-1"), ("--seed", "4-2"), ("--seed", "1e3"), ("--seed", "0-99999999"),
                  ("--seed", ""), ("--grid", "7"), ("--hvq-heads", "5"), ("--mim-heads", "3"), ("--mask", "checkerboard"),
                  ("--image-size", "30"), ("--train-ratio", "0.001"), ("--score-ratio", "0.001"), ("--codes", "40000"),
+                 ("--target", "code"),
                  ("--wrong", "1"), ("--out", "other", "--seeds", "0-1"), ("--cache", "run/scores.csv")):
         yield (*TRAIN, *more)
     yield from (("train",), ("train", "--category"), (), ("nothing",), ("predict",), ("predict", "photos"))

@@ -21,7 +21,7 @@ from test_eval import make_run
 from test_ladmim import command
 
 SETTINGS = dict(grid=6, codes=8, code_dim=8, hvq_width=32, hvq_heads=2, mim_width=32, mim_heads=2, mim_blocks=2, masks=4,
-                hvq_epochs=2, mim_epochs=2, hvq_score="whitened", codebook="ema", hvq_batch=4)
+                hvq_epochs=2, mim_epochs=2, hvq_score="whitened", mim_score="whitened", codebook="ema", hvq_batch=4)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -93,11 +93,11 @@ def test_ablations_train_nothing_twice(small, monkeypatch, capsys):
     fitted.clear()
     assert ablation("target") == found and not fitted
     assert [path.name for path in evaluation.find_runs([small / "runs"])] == [f"juice_bottle-tiny-seed{n}" for n in (0, 1)]
-    assert len(evaluation.find_runs([small / "runs" / "ablations"])) == 6
+    assert len(evaluation.find_runs([small / "runs" / "ablations"])) == 8
     combined = ablation("combine")
     assert not fitted and [row[0] for row in combined["tables"][0]["rows"]][:2] == ["pixel MIM alone", "pixel and HVQ"]
     assert combined["tables"][0]["rows"][0][3]["mean"] == np.mean([r["mim"]["logical"] for r in found["records"]["pixel"]])
-    for name, rows in (("scoring", 3), ("score", 3), ("leak", 6)):
+    for name, rows in (("scoring", 3), ("score", 5), ("leak", 6)):
         assert len(ablation(name)["tables"][0]["rows"]) == rows
         assert not fitted                                                         # they only score anew
     capsys.readouterr()
@@ -106,7 +106,7 @@ def test_ablations_train_nothing_twice(small, monkeypatch, capsys):
 def test_leaks_are_those_of_the_published_code(small):
     found = ablation("leak", "--seeds", "0")["records"]
     plain, leaky = found["HVQ mean, standardised over validation"][0], found["HVQ mean, standardised over test"][0]
-    run = evaluation.read_run(small / "runs/ablations/twin/juice_bottle-tiny-hvq_score=mean-seed0")
+    run = evaluation.read_run(small / "runs/ablations/twin/juice_bottle-tiny-hvq_score=mean,mim_score=mean-seed0")
     assert plain["both"] == evaluation.evaluate(run, "juice_bottle")["both"]
     assert leaky["both"] == evaluation.evaluate(run, "juice_bottle", "test")["both"]
     assert "LEAK" in json.loads(open("runs/ablation-leak.json").read())["tables"][0]["banner"]
