@@ -328,7 +328,8 @@ def test_scores_do_not_depend_on_the_batch_or_the_memory_budget():
 
 
 @pytest.mark.parametrize("budget", [0, 1])
-@pytest.mark.parametrize("hvq_score, mim_score", [("mean", "mean"), ("max", "mean"), ("mean", "whitened"), ("whitened", "whitened")])
+@pytest.mark.parametrize("hvq_score, mim_score", [("mean", "mean"), ("max", "mean"), ("mean", "whitened"),
+                                                  ("whitened", "whitened")])
 def test_score_against_a_plain_loop(hvq_score, mim_score, budget):
     cfg = dataclasses.replace(SMALL, hvq_score=hvq_score, mim_score=mim_score)
     hvq, mim = models(cfg)
