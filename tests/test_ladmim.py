@@ -146,9 +146,10 @@ def test_loss_is_equation_7():
     torch.testing.assert_close(hvq.loss(h0), expected)
 
 
-@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("level", range(3))
 def test_the_decoder_knows_where_a_code_lies(level):
-    """Cross-attention sees a set of codes: without their positions, exchanging two of them would change nothing."""
+    """Cross-attention sees a set of codes: without their positions, exchanging two of them would change nothing. The top
+    level's reach their tokens through the first query anyway."""
     hvq, _ = models()
     z = [torch.randn(1, 36, 8, generator=ladmim.seeded(n)) for n in range(4)]
     swapped = [x.clone() for x in z]

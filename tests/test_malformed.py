@@ -236,8 +236,8 @@ def test_checkpoints_that_are_none(place, tmp_path):
     shutil.copytree(place / "run", run)
     cases = [whole[:int(i / 20 * len(whole))] for i in range(20)]
     cases += [b"text", pickle.dumps({"format": 1}), pickle.dumps(Hostile(tmp_path / "ran"))]
-    for value in ([1, 2], {}, {"format": 99}, {"format": None}, {"format": "1"}, state | {"format": ladmim.FORMAT + 1}, torch.zeros(3), "text",
-                  Hostile(tmp_path / "ran")):
+    for value in ([1, 2], {}, {"format": 99}, {"format": None}, {"format": "1"}, state | {"format": ladmim.FORMAT + 1},
+                  torch.zeros(3), "text", Hostile(tmp_path / "ran")):
         file = io.BytesIO()
         torch.save(value, file)
         cases.append(file.getvalue())
