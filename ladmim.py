@@ -949,7 +949,7 @@ def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> dict:
     """Mean and standard deviation of scores and maps over the validation normals of one category, never over test
     photos, and the 95th percentile of the final score."""
     found = {"hvq": moments(s_hvq), "mim": moments(s_mim), "hvq_map": moments(hvq_map), "mim_map": moments(mim_map)}
-    found["threshold"] = float(combine(found, s_hvq, s_mim).double().quantile(0.95))
+    found["threshold"] = evaluation.threshold(combine(found, s_hvq, s_mim))
     return found
 
 

@@ -204,7 +204,7 @@ def category_section(run: evaluation.Run, category: str) -> str:
     own = run.category == category
     normals = own & ~run.test & (run.kind == "good")
     both = sum(evaluation.standardise(s, s[normals]) for s in (run.s_hvq, run.s_mim))
-    threshold, kind = np.percentile(both[normals], evaluation.PERCENTILE), run.kind[own & run.test]
+    threshold, kind = evaluation.threshold(both[normals]), run.kind[own & run.test]
     tested, curves = both[own & run.test], {}
     groups = evaluation.anomaly_groups(kind)
     for name, kinds in groups.items() if evaluation.ANY not in groups else [(evaluation.ANY, groups[evaluation.ANY])]:
