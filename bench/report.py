@@ -84,21 +84,23 @@ def roc_plot(curves: dict) -> Image.Image:
 
 
 def score_plot(groups: dict, threshold: float) -> Image.Image:
-    """groups: name -> scores; a row of bars each, the threshold a line through all."""
+    """groups: name -> scores; a row of bars each, the threshold a line through them. The axis is asinh: even near 0, where
+    normals lie, logarithmic beyond, so that anomalies a thousand standard deviations away leave the normals their place."""
     image, draw, font = canvas(340, 30 + 80 * len(groups))
+    groups, threshold = {name: np.arcsinh(scores) for name, scores in groups.items()}, np.arcsinh(threshold)
     everything = np.concatenate([*groups.values(), [threshold]])
-    edges = np.linspace(everything.min(), np.percentile(everything, 99) + 1e-9, 41)
+    edges = np.linspace(everything.min(), everything.max() + 1e-9, 41)
+    at = 10 + 320 * (threshold - edges[0]) / (edges[-1] - edges[0])
     for row, (name, scores) in enumerate(groups.items()):
-        count, _ = np.histogram(np.clip(scores, edges[0], edges[-1]), edges)
+        count, _ = np.histogram(scores, edges)
         bottom = 85 + 80 * row
         for i, n in enumerate(count):
             if n:
                 colour = BLUE if "good" in name else ORANGE
                 draw.rectangle((10 + 8 * i, bottom - 55 * n / count.max(), 16 + 8 * i, bottom), colour)
         draw.text((10, bottom - 76), name, INK, font)
-    at = 10 + 320 * (threshold - edges[0]) / (edges[-1] - edges[0])
-    draw.line((at, 6, at, image.height - 20), RED, 2)
-    draw.text((min(at + 4, 250), image.height - 18), "threshold", RED, font)
+        draw.line((at, bottom - 57, at, bottom), RED, 2)
+    draw.text((min(at + 4, 250), image.height - 18), f"threshold {np.sinh(threshold):.1f}", RED, font)
     return image
 
 
@@ -214,7 +216,7 @@ def category_section(run: evaluation.Run, category: str) -> str:
              figure([picture(score_plot({"validation, good": both[normals],
                                          **{f"test, {name}": tested[kind == name] for name in sorted(set(kind))}},
                                         threshold), "scores", False)],
-                    f"scores; the threshold is the {evaluation.PERCENTILE}th percentile of the validation normals")]
+                    f"scores, asinh scale; the threshold is the {evaluation.PERCENTILE}th percentile of the validation normals")]
     score = {root / path: value for path, value in zip(maps, both)}               # maps.npz has scores.csv's order
     ranked, cards = sorted(photos, key=lambda photo: -score[photo.path]), []
     for rank, photo in enumerate(ranked, 1):
