@@ -105,10 +105,10 @@ def peak_memory(function, device: str) -> int:
 def measure(functions: dict, device: str, seconds: float) -> dict:
     """Turns of one call each, so that a busy moment hits all alike. -> name: median and spread in seconds, runs, memory."""
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device == "cuda" else None
-    times, memory = {}, {}
+    times, memory, first = {}, {}, {}
     for name, function in functions.items():
         try:
-            once(function, device, flush)
+            first[name] = once(function, device, flush)
             memory[name] = peak_memory(function, device)
             times[name] = []
         except Exception as error:  # a compiler that is missing or does not fit: said in the table's place
@@ -118,7 +118,7 @@ def measure(functions: dict, device: str, seconds: float) -> dict:
         for name in times:
             times[name].append(once(functions[name], device, flush))
     return {name: {"median": statistics.median(t), "low": sorted(t)[len(t) // 10], "high": sorted(t)[len(t) * 9 // 10],
-                   "runs": len(t), "memory": memory[name]} for name, t in times.items()}
+                   "runs": len(t), "memory": memory[name], "first": first[name]} for name, t in times.items()}
 
 
 def roofline(device: str, seconds: float) -> dict:
@@ -208,8 +208,9 @@ def histogram_rows(device: str, shapes: list, seconds: float, ceiling: dict) -> 
 
 # Whole steps
 
-def step_rows(device: str, preset: str, seconds: float) -> list:
-    """Images a second of a training step of each stage and of scoring, with the kernels and with plain torch."""
+def step_rows(device: str, preset: str, seconds: float, compiling: bool) -> list:
+    """Images a second of a training step of each stage and of scoring: with the kernels, with plain torch, and, if asked, with
+    the kernels and both models compiled, whose first call is what compiling costs."""
     import ladmim
 
     cfg = ladmim.Config(**ladmim.PRESETS[preset])
@@ -236,17 +237,22 @@ def step_rows(device: str, preset: str, seconds: float) -> list:
              "score": (scored, lambda: ladmim.errors(hvq, mim, cfg, h0[:scored], masks))}
     kernels = {"histogram_l1": histogram_l1, "nearest_code": nearest_code}
     plain = {"histogram_l1": histogram_l1_reference, "nearest_code": lambda x, b: (plain_nearest(x, b), None)}
-    rows = []
+    models, rows = {(hvq, "encode"): hvq.encode, (hvq, "decode"): hvq.decode, (mim, "forward"): mim.forward}, []
+    compiled = {(model, name): torch.compile(function) for (model, name), function in models.items()}
     for name, (images, step) in steps.items():
-        def using(functions, step=step):
+        def using(functions, models=models, step=step):
             for key, function in functions.items():
                 setattr(ladmim, key, function)
+            for (model, key), function in models.items():
+                setattr(model, key, function)
             step()
 
         if name == "score":
             hvq.eval(), mim.eval()
-        result = measure({"kernels": lambda using=using: using(kernels), "plain torch": lambda using=using: using(plain)},
-                         device, seconds)
+        variants = {"kernels": lambda using=using: using(kernels), "plain torch": lambda using=using: using(plain)}
+        if compiling:
+            variants["kernels, compiled"] = lambda using=using: using(kernels, compiled)
+        result = measure(variants, device, seconds)
         using(kernels)
         for variant, r in result.items():
             rows.append({"step": f"{name}, {preset}", "variant": variant, "images/s": images / r["median"], **r,
@@ -437,7 +443,8 @@ def tables(results: dict) -> str:
              table(results["kernels"], {"kernel": lambda r: r["kernel"], "shape": lambda r: r["shape"],
                                         "mode": lambda r: r["mode"], "variant": lambda r: r["variant"], **spread, **speed}),
              table(results["steps"], {"step": lambda r: r["step"], "variant": lambda r: r["variant"],
-                                      "images/s": lambda r: f"{r['images/s']:.1f}", **spread})]
+                                      "images/s": lambda r: f"{r['images/s']:.1f}", **spread,
+                                      "first call": lambda r: f"{r['first']:.1f} s"})]
     if "interpreted" in results:
         parts += ["Checked in Triton's interpreter against float64: rows, rows done again, wrong indices, worst error.",
                   table(results["interpreted"], {c: lambda r, c=c: "" if r[c] is None else f"{r[c]:.1e}" if c == "worst error"
@@ -496,6 +503,7 @@ def main() -> int:
     parser.add_argument("--interpret", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    torch.compiler.config.force_disable_caches = True                             # compiling costs what it costs a new user
     if args.interpret:
         print(json.dumps(interpret()))
         return 0
@@ -517,7 +525,7 @@ def main() -> int:
     results |= {"ceiling": ceiling,
                 "kernels": nearest_rows(device, shapes, args.seconds, ceiling)
                 + histogram_rows(device, batches, args.seconds, ceiling),
-                "steps": step_rows(device, "paper" if device == "cuda" else "tiny", args.seconds)}
+                "steps": step_rows(device, "paper" if device == "cuda" else "tiny", args.seconds, not args.quick)}
     if device == "cpu" and MODULES["nearest_code"].triton:
         environment = os.environ | {"LADMIM_KERNELS": "triton", "TRITON_INTERPRET": "1"}
         done = subprocess.run([sys.executable, __file__, "--interpret"], env=environment, stdout=subprocess.PIPE, check=True)
