@@ -109,7 +109,12 @@ def tables(name: str, rows: dict) -> list[tuple]:
                          *(evaluation.spread(found, part, column) for column in columns), *each])
     header = ["row", "seeds", *columns, *(f"{one}: {' / '.join(columns[:2])}" for one in categories)]
     title = f"{evaluation.data_title(records[0])}, {records[0]['preset'].split()[0]}: {name}, AUROC %, mean over categories"
-    paper = json.loads(evaluation.REPORTED.read_text(encoding="utf-8")).get(ABLATIONS[name][0], {})
+    reported = json.loads(evaluation.REPORTED.read_text(encoding="utf-8"))
+    paper = reported.get(ABLATIONS[name][0], {})
+    if name == "multi":
+        paper = {label: {"structural": table["structural"]["average"]["LADMIM"], "logical": table["logical"]["average"]["LADMIM"],
+                         "average": table["overall"]["LADMIM"]} for label, table in (
+                 ("each alone (Table 2)", reported["table2_single_class"]), ("one model (Table 3)", reported["table3_multi_class"]))}
     theirs = [[f"{label}, reported", "–", *(evaluation.Spread(figures[column] / 100) for column in columns),
                *[None] * len(categories)] for label, figures in paper.items() if isinstance(figures, dict)
               and set(columns) <= figures.keys()]
