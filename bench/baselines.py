@@ -176,7 +176,7 @@ def compare(run: evaluation.Run, ours: dict, cache: Path) -> list[dict]:
     trained = sum(line.get("seconds", 0) for line in state["metrics"] if line["stage"] in ("hvq", "mim"))
     began = time.monotonic()                         # LADMIM and PatchCore read cached features: everyone pays for the backbone
     for index in parts["test"].split(8):
-        ladmim.extract(detector.pdn, images[index].to(device), cfg.grid)
+        ladmim.extract(detector.pdn, images[index].to(device), cfg.grid).cpu()    # waits for a GPU
     backbone = (time.monotonic() - began) / len(kinds)
 
     memory = patchcore(h0, parts, cfg.grid)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -209,8 +210,8 @@ def histogram_rows(device: str, shapes: list, seconds: float, ceiling: dict) -> 
 # Whole steps
 
 def step_rows(device: str, preset: str, seconds: float, compiling: bool) -> list:
-    """Images a second of a training step of each stage and of scoring: with the kernels, with plain torch, and, if asked, with
-    the kernels and both models compiled, whose first call is what compiling costs."""
+    """Images a second of a training step of each stage and of scoring: with the kernels, with plain torch, and, if asked, a
+    training step as `--compile on` has it, whose first call is what compiling costs."""
     import ladmim
 
     cfg = ladmim.Config(**ladmim.PRESETS[preset])
@@ -222,38 +223,39 @@ def step_rows(device: str, preset: str, seconds: float, compiling: bool) -> list
     mask = ladmim.draw_masks(cfg, cfg.mim_batch, torch.Generator().manual_seed(0), scoring=False)[:, None].to(device)
     masks = ladmim.scoring_masks(cfg, 0, device)
 
-    def train(model, loss):
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    def equation12(x, hidden, codes):
+        return ladmim.mim_error(mim, mim(x, hidden), x, hidden, codes).mean()
 
-        def step():
+    def train(model, loss, inputs):
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+        def step(loss=loss):
             optimiser.zero_grad()
-            loss().backward()
+            loss(*inputs).backward()
             optimiser.step()
-        return step
+
+        on = dataclasses.replace(cfg, compile="on")
+        return step, lambda loss=ladmim.compiled(on, loss, torch.device(device)): step(loss)
 
     m, scored = cfg.mim_batch, min(8, cfg.hvq_batch)
-    steps = {"train HVQ-Trans": (cfg.hvq_batch, train(hvq, lambda: hvq.loss(h0[:cfg.hvq_batch]))),
-             "train ViT": (m, train(mim, lambda: ladmim.histogram_l1(mim(h0[:m], mask), codes[:m], mask).sum(-1).mean())),
-             "score": (scored, lambda: ladmim.errors(hvq, mim, cfg, h0[:scored], masks))}
+    steps = {"train HVQ-Trans": (cfg.hvq_batch, *train(hvq, hvq.loss, (h0[:cfg.hvq_batch],))),
+             "train ViT": (m, *train(mim, equation12, (h0[:m], mask, codes[:m]))),
+             "score": (scored, lambda: ladmim.errors(hvq, mim, cfg, h0[:scored], masks), None)}
     kernels = {"histogram_l1": histogram_l1, "nearest_code": nearest_code}
-    plain = {"histogram_l1": histogram_l1_reference, "nearest_code": lambda x, b: (plain_nearest(x, b), None)}
-    models, rows = {(hvq, "encode"): hvq.encode, (hvq, "decode"): hvq.decode, (mim, "forward"): mim.forward}, []
-    compiled = {(model, name): torch.compile(function) for (model, name), function in models.items()}
-    for name, (images, step) in steps.items():
-        def using(functions, models=models, step=step):
+    plain, rows = {"histogram_l1": histogram_l1_reference, "nearest_code": lambda x, b: (plain_nearest(x, b), None)}, []
+    for name, (images, step, compiled_step) in steps.items():
+        def using(functions, step):
             for key, function in functions.items():
                 setattr(ladmim, key, function)
-            for (model, key), function in models.items():
-                setattr(model, key, function)
             step()
 
         if name == "score":
             hvq.eval(), mim.eval()
-        variants = {"kernels": lambda using=using: using(kernels), "plain torch": lambda using=using: using(plain)}
-        if compiling:
-            variants["kernels, compiled"] = lambda using=using: using(kernels, compiled)
+        variants = {"kernels": lambda step=step: using(kernels, step), "plain torch": lambda step=step: using(plain, step)}
+        if compiling and compiled_step:
+            variants["kernels, compiled"] = lambda step=compiled_step: using(kernels, step)
         result = measure(variants, device, seconds)
-        using(kernels)
+        using(kernels, step)
         for variant, r in result.items():
             rows.append({"step": f"{name}, {preset}", "variant": variant, "images/s": images / r["median"], **r,
                          "ratio": result["plain torch"]["median"] / r["median"]})

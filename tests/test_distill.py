@@ -11,6 +11,7 @@ from PIL import Image
 
 import ladmim
 from data import InputError
+from weights import distill
 
 
 class Toy(nn.Module):
@@ -59,7 +60,7 @@ def test_a_map_is_read_where_the_student_looks(stride, centre):
     the map reaches that far."""
     size, positions = 224, 48
     own = centre + stride * torch.arange(size // stride, dtype=torch.float32)
-    found = ladmim.at_student(torch.stack([own.expand(len(own), -1), own[:, None].expand(-1, len(own))])[None], stride, centre,
+    found = distill.at_student(torch.stack([own.expand(len(own), -1), own[:, None].expand(-1, len(own))])[None], stride, centre,
                               positions)
     expected = (4 * torch.arange(positions) + 16.5).clamp(float(own[0]), float(own[-1]))
     torch.testing.assert_close(found[0, 0], expected.expand(positions, -1), rtol=0, atol=1e-3)
@@ -82,7 +83,7 @@ def test_target_has_384_channels_whatever_the_teacher(channels):
     def teacher(x):
         return [(torch.randn(len(x), c, 8, 8), 16.0, 8.0) for c in channels]
 
-    parts = ladmim.teacher_target(teacher, torch.zeros(2, 3, 128, 128))
+    parts = distill.teacher_target(teacher, torch.zeros(2, 3, 128, 128))
     assert torch.cat(parts, 1).shape == (2, 384, 24, 24) and len(parts) == len(channels)
 
 
@@ -96,7 +97,7 @@ def test_explained_variance_of_the_truth_the_mean_and_in_between():
         return [(found, 4.0, 16.5) for found in table[key]]
 
     held_out = torch.rand(10, 3, 93, 93)
-    target = [ladmim.teacher_target(teacher, x) for x in held_out.split(8)]
+    target = [distill.teacher_target(teacher, x) for x in held_out.split(8)]
     truth = torch.cat([torch.cat(parts, 1) for parts in target])
     mean, std = truth.mean((0, 2, 3))[:, None, None], truth.std((0, 2, 3))[:, None, None]
 
@@ -105,7 +106,7 @@ def test_explained_variance_of_the_truth_the_mean_and_in_between():
         return lambda x: next(answers)
 
     for part in (0.0, 0.5, 1.0):
-        found = ladmim.explained_variance(student(part), teacher, mean, std, held_out, "cpu")
+        found = distill.explained_variance(student(part), teacher, mean, std, held_out, "cpu")
         assert [share for share, _ in found] == pytest.approx([1 - part ** 2] * 2, abs=1e-4)
 
 
@@ -138,7 +139,7 @@ def test_a_killed_distillation_ends_bit_for_bit_like_one_that_was_not(corpus, tm
 
     with monkeypatch.context() as patch:
         patch.setattr(ladmim, "Progress", stopped)
-        patch.setattr(ladmim.distill, "__defaults__", (-1.0,))                    # saves after every step
+        patch.setattr(distill.distill, "__defaults__", (-1.0,))                    # saves after every step
         code, _, err = command(monkeypatch, capsys, *small(corpus, tmp_path / "halted.pt"))
     assert code == 130 and "goes on" in err and (tmp_path / "halted.pt.part").exists()
     code, _, err = command(monkeypatch, capsys, *small(corpus, tmp_path / "halted.pt", "--lr", "1e-2"))

@@ -21,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import roc_auc_score
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ladmim
 from data import InputError
@@ -609,6 +611,43 @@ def test_a_killed_run_ends_bit_identical(trained, tmp_path, stage, monkeypatch):
     assert (folder / "run" / "scores.csv").read_text() == (tmp_path / "run" / "scores.csv").read_text()
 
 
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a number read from it, a tensor that crosses, and an index on the other
+    side, which is copied over. Numbers read are 0."""
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = [t for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)]
+        reads = func is torch.ops.aten._local_scalar_dense.default and inputs[0].device.type != "cpu"
+        found = 0.0 if reads else func(*args, **kwargs or {})
+        tensors = [t for t in inputs if t.dim()] + [t for t in tree_leaves(found) if torch.is_tensor(t)]
+        self.count += reads or len({t.device.type for t in tensors}) > 1
+        return found
+
+
+@pytest.mark.parametrize("codebook, target", [("ema", "histogram"), ("gradient", "code"), ("gradient", "pixel")])
+def test_no_training_step_waits_for_a_gpu(codebook, target, tmp_path, monkeypatch):
+    """Tensors that hold no numbers stand for a GPU's: an epoch of three steps waits as often as one of one."""
+    adam, meta = torch.optim.AdamW, torch.device("meta")
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, fused, **others: adam(weights, foreach=True, **others))
+    monkeypatch.setattr(ladmim, "in_precision", lambda cfg, device: contextlib.nullcontext())
+    monkeypatch.setattr(HVQ, "start_codebooks", lambda *args: None)               # once a run, and it may wait
+    monkeypatch.setattr(HVQ, "health", lambda hvq: ([2], [1.0]))
+    monkeypatch.setattr(ladmim.Run, "save", lambda run, **news: None)
+    cfg, counts = dataclasses.replace(SMALL, levels=2, mim_blocks=2, codebook=codebook, target=target, hvq_batch=4, mim_batch=4,
+                                      hvq_epochs=2, mim_epochs=1), []
+    for n in (4, 12):
+        h0, pixels = (ladmim.standardised(torch.empty(n, 36, size, device=meta), torch.zeros(1), torch.ones(1), meta)
+                      for size in (D0, 48))
+        run = ladmim.Run(tmp_path / str(n), {"seed": 0})
+        with Waits() as waits:
+            hvq = ladmim.train_hvq(run, cfg, h0, n, meta)
+            hvq_waits = waits.count
+            ladmim.train_mim(run, cfg, hvq, h0, n, meta, pixels if target == "pixel" else None)
+        counts.append((hvq_waits, waits.count))
+    assert counts[0] == counts[1] and min(counts[0]) > 0
+
+
 def test_other_settings_do_not_overwrite_a_run(trained):
     folder, _ = trained
     result = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--codes", "16", "--out", "run", cwd=folder)
@@ -629,6 +668,34 @@ def test_precision_is_a_setting_of_the_run(tmp_path):
     del state["config"]["precision"]                 # as a run from before the option
     torch.save(state, tmp_path / "run" / "checkpoint.pt")
     assert command(*train, cwd=tmp_path).returncode == 0
+
+
+def test_compiled_training_is_training(trained, tmp_path, monkeypatch):
+    """Traced and run as graphs, but without the code generator, which takes half a minute and is PyTorch's own."""
+    folder, real = trained[0], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: real(function, backend="aot_eager", **options))
+    train = ("train", "--data", "photos", "--category", "widgets", *QUICK, *"--hvq-batch 5 --hvq-epochs 2 --mim-epochs 2".split())
+    logged = []
+    for choice in ("off", "on"):
+        result = command(*train, "--compile", choice, "--out", tmp_path / choice, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        lines = map(json.loads, (tmp_path / choice / "metrics.jsonl").read_text().splitlines())
+        logged.append([line for line in lines if line["stage"] != "score"])
+    for eager, compiled in zip(*logged):
+        assert eager.get("codes_used") == compiled.get("codes_used")
+        assert eager["loss"] == pytest.approx(compiled["loss"], rel=1e-4)
+    assert len(logged[0]) == len(logged[1]) == 4
+    assert "compile = on, asked for off" in command(*train, "--out", tmp_path / "on", cwd=folder).stderr
+
+
+def test_without_a_compiler_compile_is_refused(tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("No working C++ compiler\n\nfound here")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
+    result = command("train", "--category", "widgets", "--compile", "on", *QUICK, cwd=tmp_path)
+    assert result.returncode == 2 and result.stderr.startswith("error: --compile on: torch.compile does not work here (No work")
+    assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_multi_class_scores_category_by_category(tmp_path):
