@@ -78,9 +78,10 @@ _histogram_l1.register_autograd(_gradient, setup_context=_save)
 
 def _torch_path(logits, codes, mask, differentiate):
     (B, M, L, K), dtype = logits.shape, torch.float64 if logits.dtype == torch.float64 else torch.float32
+    tokens = mask.sum(-1).expand(B, M)
     index, mask, wrong = codes.long(), mask.expand(B, M, -1), None
     if logits.device.type == "cpu":
-        if not mask.any(-1).all():
+        if not tokens.all():
             raise ValueError("histogram_l1: a mask has no token")
         if codes.numel() and not (0 <= codes.min() and codes.max() < K):
             raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got {int(codes.min())}..{int(codes.max())}")
@@ -89,7 +90,7 @@ def _torch_path(logits, codes, mask, differentiate):
         index, wrong = index.clamp(0, K - 1), (mask[:, :, None] & ~valid[:, None]).any(-1, keepdim=True)
     Q = torch.zeros((B, M, L, K), dtype=dtype, device=logits.device)
     Q.scatter_add_(3, index[:, None].expand(B, M, L, -1), mask[:, :, None].to(dtype).expand(B, M, L, -1))
-    Q /= mask.sum(-1)[:, :, None, None]  # NaN where a mask has no token
+    Q /= tokens[:, :, None, None]  # NaN where a mask has no token
     if wrong is not None:
         Q.masked_fill_(wrong, torch.nan)
     P = logits.softmax(-1, dtype=dtype)

@@ -102,7 +102,7 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
     weight[:D, :K], weight[D, :K] = centred.T, -centred.square().sum(1) / 2
     scale = scale.float()
     unit = (D + 8) * 2.0**-24  # any order of D + 1 products and sums, and the roundings of x, b and ||b||^2/2
-    R = max(64, 2**20 // width)
+    R = max(64, min(T, 2**20 // width))
     score, shifted = weight.new_empty(R, width), weight.new_ones(R, D + 1)
     doubtful, rows = torch.empty(T, dtype=torch.bool, device=x.device), torch.arange(R, device=x.device)
     for start in range(0, T, R):
