@@ -256,11 +256,18 @@ def read_run(folder: Path) -> Run:
 
 # Scoring one category of one run
 
+def moments(reference) -> tuple[float, float]:
+    """Mean and standard deviation of reference (m,). One lone photo, or several alike, must divide nothing by 0: the std is at
+    least 1 % of the mean, and 1 where the mean is 0, too, as that of a score which was standardised before."""
+    mean, std = float(np.mean(reference)), float(np.std(reference))
+    std = max(std, 0.01 * abs(mean))
+    return mean, std if std > 1e-6 else 1.0
+
+
 def standardise(s, reference):
-    """s (n,), reference (m,) -> (s − mean) / std, mean and std of the reference; a floor of 1 % of the mean keeps one
-    lone photo, or several alike, from dividing by 0."""
-    mean, std = reference.mean(), reference.std()
-    return (s - mean) / max(std, 0.01 * abs(mean), 1e-12)
+    """s (n,), reference (m,) -> (s − mean) / std, both of the reference."""
+    mean, std = moments(reference)
+    return (s - mean) / std
 
 
 def threshold(normals, percent: int = PERCENTILE) -> float:
@@ -771,4 +778,4 @@ def main(argv=None) -> int:
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")        # a terminal that has no "±" still gets its table
     import eval as this                             # one module, under the name that ladmim.py and bench/ know it by
-    sys.exit(this.main())
+    sys.exit(data.as_process(this.main))

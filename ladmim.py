@@ -887,13 +887,6 @@ def normal_statistics(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([values.mean(0), (std + std.mean()) / 2])
 
 
-def moments(values: torch.Tensor) -> list[float]:
-    """Mean and standard deviation of one score of the validation normals. A floor of 1 % of the mean keeps one lone photo
-    from dividing by zero."""
-    values = values.double()
-    return [float(values.mean()), float(max(values.std(correction=0), 0.01 * values.mean().abs(), 1e-12))]
-
-
 def windows(residual: torch.Tensor, grid: int) -> list[torch.Tensor]:
     """residual (B, N, d0) -> its mean over every window of 1, 2 and `grid` tokens a side, each (B, W, d0). A broken part
     shows in one token; a wrong count shows in the whole photo's mean, where the tokens' noise cancels out."""
@@ -928,7 +921,7 @@ def learn_normal(cfg: Config, train, validation) -> dict:
     normal = {}
     if cfg.hvq_score == "whitened":
         normal["windows"] = [whitening(x) for x in windows(train[0], cfg.grid)]
-        normal["largest"] = [moments(z.amax(1)) for z in abnormal(validation[0], cfg.grid, normal["windows"])]
+        normal["largest"] = [evaluation.moments(z.amax(1).double().numpy()) for z in abnormal(validation[0], cfg.grid, normal["windows"])]
     if cfg.mim_score == "whitened":
         normal["histograms"] = [whitening(x[:, None]) for x in train[2].unbind(1)]
     return normal
@@ -962,7 +955,8 @@ def detect(cfg: Config, found, masks: torch.Tensor, normal: dict):
 def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> dict:
     """Mean and standard deviation of scores and maps over the validation normals of one category, never over test
     photos, and the 95th percentile of the final score."""
-    found = {"hvq": moments(s_hvq), "mim": moments(s_mim), "hvq_map": moments(hvq_map), "mim_map": moments(mim_map)}
+    found = {name: evaluation.moments(values.double().numpy()) for name, values in
+             (("hvq", s_hvq), ("mim", s_mim), ("hvq_map", hvq_map), ("mim_map", mim_map))}
     found["threshold"] = evaluation.threshold(combine(found, s_hvq, s_mim))
     return found
 
@@ -1419,4 +1413,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(data.as_process(main))

@@ -200,7 +200,7 @@ def test_own_folder(tmp_path):
     (folder / "train/good/._000.JPG").write_bytes(b"x")                            # a resource fork, not a photo
     (folder / "train/good/notes.txt").write_text("x")
     photos = data.find_photos(tmp_path, "widget", 0)
-    assert counts(photos) == {("train", "good"): 11, ("validation", "good"): 1}
+    assert counts(photos) == {("train", "good"): 10, ("validation", "good"): 2}
     [warning] = data.no_auroc(photos)
     assert warning.startswith("widget: no good photos and no anomalies in its test split") and "no AUROC" in warning
     pictures(folder / "test/Good", 2, ".bmp")

@@ -442,8 +442,8 @@ def test_calibration_is_that_of_the_validation_normals_and_survives_one_photo():
     total = (a - a.mean()) / a.std() + (b - b.mean()) / b.std()
     np.testing.assert_allclose(ladmim.combine(found, s_hvq, s_mim), total)
     assert found["threshold"] == pytest.approx(np.interp(0.95 * 51, range(1, 51), np.sort(total)))
-    lone = ladmim.calibrate(s_hvq[:1], s_mim[:1], *maps[:, :1])
-    assert math.isfinite(ladmim.combine(lone, 5.0, 5.0))
+    lone = ladmim.calibrate(0 * s_hvq[:1], s_mim[:1], *maps[:, :1])               # 0: what a whitened score is then
+    assert ladmim.combine(lone, 5.0, s_mim[0]) == 5 and abs(ladmim.combine(lone, 5.0, 5.0)) < 1e4
 
 
 # Training and the command line
@@ -779,6 +779,17 @@ def test_predict_goes_on_past_a_bad_photo(trained, tmp_path):
     good = folder / "photos" / "widgets" / "test" / "good" / "000.png"
     result = command("predict", tmp_path / "bad.png", good, "--run", folder / "run")
     assert result.returncode == 1 and "bad.png" in result.stderr and len(result.stdout.splitlines()) == 1
+
+
+def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
+    """As with `| head`: the first line is read, and nobody reads the others."""
+    folder, _ = trained
+    photos = ["photos/widgets/test"] * 40            # more than the pipe and the buffers hold
+    process = subprocess.Popen([sys.executable, "-u", ladmim.__file__, "predict", *photos, "--run", "run"], cwd=folder, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().split()[0] in ("good", "anomaly")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
 
 
 def test_a_bad_training_photo_costs_one_line(tmp_path):
