@@ -371,6 +371,9 @@ def load_regions(photo: Photo, defects: dict[int, tuple[float, bool]] | None) ->
         area = int(mask.sum())
         if area:
             regions.append((mask, float(max(1, int(threshold * area)) if share else min(threshold, area))))
+            if mask.shape != regions[0][0].shape:
+                raise InputError(f"{path}: another size than {photo.masks[0].name}, a mask of the same photo; masks must have "
+                                 "their photo's size")
     return regions
 
 

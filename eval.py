@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import math
@@ -190,6 +191,7 @@ class Run:
     test: np.ndarray                                # (n,) bool, False: validation
     s_hvq: np.ndarray                               # (n,) float64
     s_mim: np.ndarray                               # (n,) float64
+    path: np.ndarray                                # (n,) str, below the folder of the categories
 
 
 def find_runs(folders: list[Path]) -> list[Path]:
@@ -224,7 +226,7 @@ def read_config(file: Path) -> dict:
 
 
 def read_scores(file: Path) -> list[tuple]:
-    """scores.csv -> rows (category, kind, is test, s_hvq, s_mim), each checked."""
+    """scores.csv -> rows (category, kind, is test, s_hvq, s_mim, path), each checked."""
     text, rows, paths = read_text(file), [], set()
     try:
         lines = list(csv.reader(io.StringIO(text)))
@@ -243,7 +245,7 @@ def read_scores(file: Path) -> list[tuple]:
         if split not in ("validation", "test") or label != str(int(kind != "good")) or "/" not in path or path in paths:
             raise InputError(f"{file}, line {number}: split, kind, label or path is wrong, or the path a repeat")
         paths.add(path)
-        rows.append((path.split("/")[0], kind, split == "test", s_hvq, s_mim))
+        rows.append((path.split("/")[0], kind, split == "test", s_hvq, s_mim, path))
     return rows
 
 
@@ -322,6 +324,7 @@ def evaluate(run: Run, category: str, over: str = "validation") -> dict:
               "commit": run.config["commit"] or "unknown",
               "trained on": "each alone" if run.config["category"] == category else run.config["category"],
               "settings": {key: value for key, value in run.config.items() if key not in NOT_SETTINGS},
+              "tested": hashlib.sha256("\n".join(run.path[test]).encode(errors="surrogateescape")).hexdigest()[:16],
               "images": {kind: int((run.kind[test] == kind).sum()) for kind in sorted(set(run.kind[test]))},
               "columns": (ANY,) if ANY in groups else ("logical", "structural", "average"), "missed": {}}
     thresholds = {f"{p}th percentile": threshold(both[normals], p) for p in (PERCENTILE, 99)}
@@ -360,9 +363,12 @@ def tested_photos(run: Run, category: str) -> tuple[Path, list[data.Photo], dict
     root = Path(run.config.get("root", ""))
     if not (run.config.get("root") and (root / category).is_dir()):
         raise InputError(f"{run.folder}: its photos are no longer at {root / category}, so {category} is not localised")
-    maps = read_maps(run)
+    maps, scored = read_maps(run), int(((run.category == category) & run.test).sum())
     photos = [photo for photo in data.find_photos(root, category, run.config["seed"])
               if photo.split == "test" and photo.path.relative_to(root).as_posix() in maps]
+    if len(photos) < scored:
+        raise InputError(f"{run.folder}: {scored - len(photos)} of the {scored} test photos it scored are no longer in "
+                         f"{root / category}; put them back, or train again")
     return root, photos, maps
 
 
@@ -383,31 +389,32 @@ def localise(run: Run, category: str) -> dict:
             def stream(kinds=kinds, part=part):
                 for photo in photos:
                     if photo.kind in ("good", *kinds):
-                        yield (place(maps[photo.path.relative_to(root).as_posix()][part], size, *photo_size(photo)),
-                               data.load_regions(photo, defects))
+                        shape, regions = photo_size(photo), data.load_regions(photo, defects)
+                        if any(mask.shape != shape for mask, _ in regions):
+                            raise InputError(f"{photo.masks[0]}: {regions[0][0].shape[1]} x {regions[0][0].shape[0]} pixels, its "
+                                             f"photo {shape[1]} x {shape[0]}; masks must have their photo's size")
+                        yield place(maps[photo.path.relative_to(root).as_posix()][part], size, *shape), regions
             found.setdefault(part, {})[name] = localisation(stream)
     return found
 
 
-def localisation_tables(runs: list[Path]) -> tuple[list[tuple], list[str]]:
+def localisation_tables(records: list[dict]) -> tuple[list[tuple], list[str]]:
     """A table a data set: pixel AUROC, AUPRO and sPRO at 5 % a category, map and kind, mean and std over seeds."""
     groups, problems = {}, []
-    for folder in runs:
+    for record in records:
         try:
-            run = read_run(folder)
-            for category in sorted(set(run.category.tolist())):
-                for part, kinds in localise(run, category).items():
-                    for kind, figures in kinds.items():
-                        key = data_title(run.config), category, run.config["preset"], run.config["commit"], part, kind
-                        groups.setdefault(key, {})[run.config["seed"]] = figures
+            for part, kinds in localise(read_run(Path(record["run"])), record["category"]).items():
+                for kind, figures in kinds.items():
+                    key = data_title(record), record["category"], *(record[name] for name in GROUP), part, kind
+                    groups.setdefault(key, []).append(figures)
         except InputError as error:
             problems.append(str(error))
     tables, names = {}, ("pixel AUROC", "AUPRO", "sPRO 0.05")
-    for (title, category, preset, commit, part, kind), seeds in sorted(groups.items()):
-        figures = [[found[name] for found in seeds.values()] for name in names]
+    for (title, category, *group, part, kind), seeds in sorted(groups.items()):
+        figures = [[found[name] for found in seeds] for name in names]
         cells = [Spread(float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else None, len(v)) for v in figures]
-        tables.setdefault(title, []).append([category, preset, commit, str(len(seeds)), kind, MAPS[part], *cells])
-    header = ["category", "preset", "commit", "seeds", "kind", "map", "pixel AUROC", "AUPRO to 30 % FPR", "sPRO to 5 % FPR"]
+        tables.setdefault(title, []).append([category, *group, str(len(seeds)), kind, MAPS[part], *cells])
+    header = ["category", *GROUP, "seeds", "kind", "map", "pixel AUROC", "AUPRO to 30 % FPR", "sPRO to 5 % FPR"]
     return [(f"{title}: localisation %", header, rows) for title, rows in tables.items()], problems
 
 
@@ -464,13 +471,11 @@ def grouped(records: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 
 def tell_apart(records: list[dict]) -> tuple[list[dict], list[str]]:
-    """Keeps ablations from passing for seeds: settings that differ between runs of one category, preset and commit join
+    """Keeps ablations from passing for seeds or categories: settings that differ between runs of one preset and commit join
     the preset's name. Returns the records without those that repeat a seed, and a line on each of these."""
     for same in grouped(records, "data", "rendered", *GROUP).values():
-        differ = set()
-        for rs in grouped(same, "category").values():
-            keys = set().union(*(r["settings"] for r in rs))
-            differ |= {key for key in keys if len({repr(r["settings"].get(key)) for r in rs}) > 1}
+        keys = set().union(*(r["settings"] for r in same))
+        differ = {key for key in keys if len({repr(r["settings"].get(key)) for r in same}) > 1}
         for record in same:
             record["preset"] += "".join(f" {key}={record['settings'].get(key)}" for key in sorted(differ))
     kept, left_out = [], []
@@ -522,15 +527,16 @@ def result_rows(records, columns):
 
 
 def threshold_rows(records):
-    """A row a category and threshold: the share of images judged wrongly, averaged over seeds image by image."""
+    """A row a category and threshold: the share of images judged wrongly, averaged over seeds image by image where all seeds
+    had the same ones."""
     rows = []
     for (category, *group), rs in grouped(records, "category", *GROUP).items():
         for name in rs[0]["wrong"]:
             cells = []
             for kind in ["good", *(column for column in rs[0]["columns"] if column != "average")]:
                 found = [r["wrong"][name].get(kind, []) for r in rs]              # (seeds, images)
-                wrong = np.mean(found, 0) if len({len(row) for row in found}) == 1 and found[0] else None
-                cells.append(None if wrong is None else Spread(float(wrong.mean()), seeds=len(rs), interval=interval(wrong)))
+                wrong = np.mean(found, 0) if len({r["tested"] for r in rs}) == 1 else np.concatenate(found)
+                cells.append(None if not len(wrong) else Spread(float(wrong.mean()), seeds=len(rs), interval=interval(wrong)))
             rows.append([category, *group, seeds(rs), name, *cells])
     return rows
 
@@ -708,7 +714,12 @@ def compare(folders: list[Path], args) -> int:
 
     records, problems = evaluate_runs(folders)
     records, repeats = tell_apart(records)
-    rows = [row for record in records for row in baselines.compare(read_run(Path(record["run"])), record, Path("cache"))]
+    rows = []
+    for record in records:
+        try:
+            rows += baselines.compare(read_run(Path(record["run"])), record, Path("cache"))
+        except InputError as error:                  # the others' hours are not thrown away
+            problems.append(str(error))
     tables = [baselines.table(rs) for rs in grouped(rows, "data", "rendered", *GROUP, "columns").values()]
     write_json(args.json or args.runs / "baselines.json", {
         "records": rows, "tables": [dict(zip(("title", "header", "rows"), table)) for table in tables]})
@@ -756,7 +767,7 @@ def main(argv=None) -> int:
         records, repeats = tell_apart(records)
         problems, tables = problems + repeats, all_tables(records)
         if args.localise:
-            more, failed = localisation_tables([Path(record["run"]) for record in records])
+            more, failed = localisation_tables(records)
             tables, problems = tables + more, problems + failed
         if args.maps:
             write_maps(folders, args.maps)

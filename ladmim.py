@@ -375,7 +375,7 @@ class HVQ(nn.Module):
         """Counts the codes in use and, with the EMA codebook, moves each code to the running mean of its vectors."""
         count, total = torch.zeros_like(self.used), torch.zeros_like(self.ema_sum)
         for level in range(self.levels):
-            index = codes[:, level].flatten()
+            index = codes[:, level].flatten().clamp(min=0)                        # -1 where the loss is NaN: `fit` says so
             count[level].index_add_(0, index, torch.ones_like(index, dtype=torch.float))
             if self.ema:
                 total[level].index_add_(0, index, psi[level].flatten(0, 1).float())
@@ -577,6 +577,8 @@ def joined(device: torch.device):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set, but not LOCAL_RANK: start several processes with torchrun, or unset it")
     local = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
@@ -677,9 +679,9 @@ class Run:
                 if name not in about and held.get(name) != value:
                     raise InputError(f"{folder}: holds a run with {name} = {held.get(name)}, asked for {value}; "
                                      "choose another --out or delete the folder")
-        elif self.writes:
+        if self.writes and not (folder / "config.json").exists():
             try:
-                (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+                (folder / "config.json").write_text(json.dumps(self.state["config"], indent=1) + "\n")
             except OSError as error:
                 raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
         self.write_metrics()
@@ -698,6 +700,14 @@ class Run:
             return
         lines = "".join(json.dumps(line) + "\n" for line in self.state["metrics"])
         write_whole(self.folder / "metrics.jsonl", lines.encode())
+
+    def tested(self) -> set[str]:
+        """Paths of the photos that a finished run has scored; none where it is unfinished or a table is missing or damaged."""
+        try:
+            evaluation.read_maps(found := evaluation.read_run(self.folder))
+        except InputError:
+            return set()
+        return set(found.path.tolist()) if self.state["stage"] == "done" else set()
 
     def log(self, **line):
         self.state["metrics"].append(line)
@@ -882,9 +892,9 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0: torch.Tensor, masks: torch.Tenso
 
 def normal_statistics(values: torch.Tensor) -> torch.Tensor:
     """values (n, m) of n training normals -> mean and std of each column, (2, m). Half of a column's std is its own, half
-    the average column's, so that a token that hardly varies does not shout."""
-    std = values.std(0, correction=0)
-    return torch.stack([values.mean(0), (std + std.mean()) / 2])
+    the average column's, so that a token that hardly varies does not shout; at least 1 % of the mean, as in `eval.moments`."""
+    mean, std = values.mean(0), values.std(0, correction=0)
+    return torch.stack([mean, ((std + std.mean()) / 2).maximum(0.01 * mean.abs()).clamp(min=1e-6)])
 
 
 def windows(residual: torch.Tensor, grid: int) -> list[torch.Tensor]:
@@ -948,8 +958,8 @@ def detect(cfg: Config, found, masks: torch.Tensor, normal: dict):
     s_mim = l1.mean(1)
     if cfg.mim_score == "whitened":
         s_mim = sum(distances(x[:, None], one)[:, 0] for x, one in zip(histogram.unbind(1), normal["histograms"]))
-    seen = masks.to(l1.dtype)
-    return s_hvq, s_mim, error, l1 @ seen / seen.sum(0).clamp(min=1)
+    seen = masks.to(l1.dtype)                        # a token that no mask hides is as abnormal as its photo
+    return s_hvq, s_mim, error, torch.where(masks.any(0), l1 @ seen / seen.sum(0).clamp(min=1), l1.mean(1, keepdim=True))
 
 
 def calibrate(s_hvq, s_mim, hvq_map, mim_map) -> dict:
@@ -1095,12 +1105,13 @@ def train(args) -> int:
     if Path(args.cache).exists() and not Path(args.cache).is_dir():
         raise InputError(f"--cache {args.cache}: is a file; name a folder")
     load_pdn(cfg.pdn, args.seeds[0])                 # a wrong file is better named before the twin is drawn
-    try:
-        compiled(cfg, torch.neg, device)(torch.ones(2, device=device))
-    except Exception as error:                       # no compiler, or one that does not fit: each fails in its own way
-        why = " ".join(str(error).split())[:120]
-        raise InputError(f"--compile on: torch.compile does not work here ({why}); leave the option out") from None
     with joined(device):
+        if cfg.compile == "on":
+            try:
+                compiled(cfg, torch.neg, device)(torch.ones(2, device=device))
+            except Exception as error:               # no compiler, or one that does not fit: each fails in its own way
+                why = " ".join(str(error).split())[:120]
+                raise InputError(f"--compile on: torch.compile does not work here ({why}); leave the option out") from None
         with first_process_first():
             root, names = find_data(args)
         runs = [(group, seed) for group in ([[name] for name in names] if args.separate else [names]) for seed in args.seeds]
@@ -1147,7 +1158,7 @@ def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device
                 "torch": str(torch.__version__), **dataclasses.asdict(cfg)}
     folder = Path(args.out or f"runs/{settings['data']}/{category}-{args.preset}-seed{seed}")
     run = Run(folder, settings) if (folder / "checkpoint.pt").exists() else None
-    if run and one_of_many and run.state["stage"] == "done":
+    if run and one_of_many and run.state["config"]["root"] == settings["root"] and run.tested():
         report(run)
         return 0
     pdn, backbone = load_pdn(cfg.pdn, seed)
@@ -1173,12 +1184,13 @@ def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device
     pixels = None
     if cfg.target == "pixel":
         cells, _, _ = find_features(photos, cfg, Path(args.cache), device)
+        cells = cells.to(features.device)
         pixels = standardised(cells, torch.zeros(1), torch.ones(1), device)
     if args.take and not run.state["stage"]:
         take_over(run, cfg, Path(args.take))
     hvq = train_hvq(run, cfg, h0, n, device)
     mim = train_mim(run, cfg, hvq, h0, n, device, pixels)
-    if run.state["stage"] != "done":
+    if run.tested() != {photo.path.relative_to(root).as_posix() for photo in photos if photo.split != "train"}:
         write_scores(run, cfg, root, photos, hvq, mim, h0, device, pixels)
     report(run)
     return 1 if bad else 0
@@ -1308,7 +1320,7 @@ def predict(args) -> int:
 
     def flush():
         for (path, name, image), hvq, mim, total, heat in zip(batch, *detector(np.stack([b[2] for b in batch]))):
-            verdict = "anomaly" if total > threshold else "good"
+            verdict = "good" if total <= threshold else "anomaly"         # NaN, too
             detail = {"path": str(path), "score": round(float(total), 4), "threshold": round(threshold, 4), "verdict": verdict,
                       "s_hvq": round(float(hvq), 4), "s_mim": round(float(mim), 4),
                       "decided": "structural" if hvq >= mim else "logical"}

@@ -47,7 +47,8 @@ def train(data: str, preset: str, category: str, seed: int, folder: Path, settin
     if (folder / "checkpoint.pt").exists():
         state = ladmim.load_checkpoint(folder / "checkpoint.pt")
         wanted = dataclasses.asdict(ladmim.Config(**ladmim.PRESETS[preset] | settings))
-        differ = [name for name, value in wanted.items() if state["config"].get(name) != value]
+        held = dataclasses.asdict(ladmim.Config()) | state["config"]              # a setting that came later had its default
+        differ = [name for name, value in wanted.items() if held[name] != value]
         if differ:
             raise evaluation.InputError(f"{folder}: was trained with other {', '.join(differ)}; move it away")
         if state["stage"] == "done":

@@ -249,15 +249,15 @@ def write(file: Path, tables: list[tuple], records: list[dict], banner: str) -> 
         raise InputError(f"--report {file} can't be read ({error.strerror}): name another file") from None
     body = [f'<p class="leak">{html.escape(banner)}</p>'] if banner else []
     body += [html_table(*table) for table in tables]
-    for (name, rendered, category, preset, _), rs in evaluation.grouped(records, "data", "rendered", "category", "preset",
-                                                                       "commit").items():
+    for (_, _, category, preset, _, trained), rs in evaluation.grouped(records, "data", "rendered", "category",
+                                                                      *evaluation.GROUP).items():
         first = min(rs, key=lambda record: record["seed"])
         try:
             section = category_section(evaluation.read_run(Path(first["run"])), category)
         except InputError as error:
             section = f"<p>No pictures: {html.escape(str(error))}</p>"
-        body.append(f"<h2>{html.escape(evaluation.data_title(first))}: {html.escape(category)}, {html.escape(preset)}, seed "
-                    f"{first['seed']}</h2>{section}")
+        body.append(f"<h2>{html.escape(evaluation.data_title(first))}: {html.escape(category)}, {html.escape(preset)}, "
+                    f"trained on {html.escape(trained)}, seed {first['seed']}</h2>{section}")
     protocol = html.escape(evaluation.PROTOCOL.format(banner or evaluation.STANDARDISED))
     text = PAGE.format(mark=MARK, protocol=protocol, body="".join(body))
     try:

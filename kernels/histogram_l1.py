@@ -24,8 +24,8 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     """logits (B, M, L, K), codes (B, L, N) integers below K, mask (M, N) or (B, M, N) bool -> (B, M, L), 0 to 2.
 
     Differentiable once in logits. Computed in float32 (float64 for float64 logits) and returned so.
-    A mask without a token and a masked code outside 0..K-1 are ValueErrors on a CPU. On a GPU, where looking would make
-    the host wait, that row and its gradient are NaN.
+    A mask without a token and a code outside 0..K-1, masked or not, are ValueErrors on a CPU. On a GPU, where looking would
+    make the host wait, rows with such a mask or a masked code like that are NaN, and so are their gradients.
     """
     (B, M, L, _), N = logits.shape, codes.shape[-1]
     if codes.shape != (B, L, N) or mask.shape not in ((M, N), (B, M, N)):

@@ -149,6 +149,13 @@ def test_a_killed_distillation_ends_bit_for_bit_like_one_that_was_not(corpus, tm
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.parametrize("size", [64, 160, 224, 320])
+def test_a_crop_as_large_as_the_photo_stays_inside(size):
+    for short in range(40, 520):
+        photo = Image.new("L", (short, short + 7))
+        assert distill.crop_of(photo, size, size, 1.0, 1.0, False).shape[:2] == (size, size)
+
+
 def test_a_bad_photo_costs_one_line(corpus, tmp_path, monkeypatch, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()

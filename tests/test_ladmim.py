@@ -371,7 +371,7 @@ def test_score_against_a_plain_loop(hvq_score, mim_score, budget):
         torch.testing.assert_close(s_mim[b], wrong, atol=1e-4, rtol=1e-4)
         for token in range(36):
             cover = masks[:, token]
-            torch.testing.assert_close(mim_map[b, token], losses[cover].mean() if cover.any() else torch.zeros(()))
+            torch.testing.assert_close(mim_map[b, token], (losses[cover] if cover.any() else losses).mean())
 
 
 @pytest.mark.parametrize("target", ["code", "feature", "pixel"])
@@ -790,6 +790,49 @@ def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
     assert process.stdout.readline().split()[0] in ("good", "anomaly")
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+@pytest.mark.parametrize("train, validation", [(3, 0), (4, 0), (1, 3), (2, 1)])
+def test_hardly_any_photos_give_scores_that_are_numbers(tmp_path, train, validation):
+    make_photos(tmp_path / "photos", train=train, validation=validation)
+    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", "run", cwd=tmp_path)
+    assert result.returncode == 0 and "structural" in result.stdout, result.stderr
+    rows = list(csv.DictReader((tmp_path / "run" / "scores.csv").open()))
+    assert max(abs(float(row["score"])) for row in rows if row["kind"] == "good") < 1e6
+    predicted = command("predict", "photos/widgets/test", "--run", "run", "--json", cwd=tmp_path)
+    assert all(math.isfinite(json.loads(line)["score"]) for line in predicted.stdout.splitlines())
+
+
+@pytest.mark.parametrize("codebook", ["ema", "gradient"])
+def test_a_loss_that_explodes_is_one_line_and_keeps_the_last_good_checkpoint(tmp_path, codebook):
+    make_photos(tmp_path / "photos")
+    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--hvq-lr", "1e30", "--codebook", codebook,
+                     "--out", "run", cwd=tmp_path)
+    assert result.returncode == 2 and len(errors_of(result)) == 1 and "try a smaller --hvq-lr" in errors_of(result)[0]
+
+
+@pytest.mark.parametrize("lost", ["scores.csv", "maps.npz", "config.json"])
+def test_a_finished_run_is_scored_again_where_a_table_is_lost_or_photos_came(tmp_path, lost):
+    make_photos(tmp_path / "photos")
+    train = ("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", "run")
+    assert command(*train, cwd=tmp_path).returncode == 0
+    before = (tmp_path / "run" / "scores.csv").read_text()
+    (tmp_path / "run" / lost).unlink()
+    assert command(*train, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "run" / lost).exists() and (tmp_path / "run" / "scores.csv").read_text() == before
+    good = tmp_path / "photos" / "widgets" / "test" / "good"
+    shutil.copy(good / "000.png", good / "later.png")
+    assert command(*train, cwd=tmp_path).returncode == 0
+    assert "good/later.png" in (tmp_path / "run" / "scores.csv").read_text()
+
+
+def test_a_data_set_of_the_same_name_elsewhere_is_not_taken_for_the_finished_one(tmp_path):
+    for place, n in (("a", 12), ("b", 10)):
+        make_photos(tmp_path / place / "photos", train=n)
+    several = ("train", "--category", "widgets", *QUICK, "--seeds", "0-1")
+    assert command(*several, "--data", "a/photos", cwd=tmp_path).returncode == 0
+    result = command(*several, "--data", "b/photos", cwd=tmp_path)
+    assert result.returncode == 2 and "changed since this run began" in errors_of(result)[0]
 
 
 def test_a_bad_training_photo_costs_one_line(tmp_path):

@@ -149,20 +149,33 @@ def test_the_table_and_the_tiffs_agree(run, monkeypatch, capsys):
     for kind, name in evaluation.LOCO_KINDS.items():
         again = localisation(lambda kind=kind: stream(kind))
         assert all(abs(again[figure] - value) < 1e-9 for figure, value in mine[name].items())
-        row = next(row for row in rows[1:] if row[4:6] == [name, "their sum"])
-        assert row[6:] == [f"{100 * again[figure]:.1f}" for figure in ("pixel AUROC", "AUPRO", "sPRO 0.05")]
+        row = next(row for row in rows[1:] if row[5:7] == [name, "their sum"])
+        assert row[7:] == [f"{100 * again[figure]:.1f}" for figure in ("pixel AUROC", "AUPRO", "sPRO 0.05")]
 
 
 @pytest.mark.parametrize("damage, says", [("photos", "no longer at"), ("maps", "missing or damaged"),
-                                          ("masks", "without g")])
+                                          ("masks", "without g"), ("good", "2 of the 6 test photos"),
+                                          ("test", "6 of the 6 test photos")])
 def test_what_is_missing_is_one_line(run, monkeypatch, capsys, damage, says, tmp_path):
-    target = {"photos": run / "twin", "maps": run / "runs/a/maps.npz", "masks": run / "twin/juice_bottle/ground_truth"}[damage]
+    category = run / "twin/juice_bottle"
+    target = {"photos": run / "twin", "maps": run / "runs/a/maps.npz", "masks": category / "ground_truth",
+              "good": category / "test/good", "test": category / "test"}[damage]
     target.rename(tmp_path / "away")
     try:
         code, out, err = evaluate(monkeypatch, capsys, run, "--localise")
     finally:
         (tmp_path / "away").rename(target)
     assert code == 1 and says in err and len(err.splitlines()) == 1 and "AUROC %" in out
+
+
+def test_a_mask_of_another_size_than_its_photo_is_named(run, monkeypatch, capsys):
+    file = next((run / "twin/juice_bottle/ground_truth/structural_anomalies").rglob("*.png"))
+    before = file.read_bytes()
+    with Image.open(file) as mask:
+        mask.resize((48, 40), Image.Resampling.NEAREST).save(file)
+    code, out, err = evaluate(monkeypatch, capsys, run, "--localise")
+    file.write_bytes(before)
+    assert code == 1 and "48 x 40 pixels, its photo 96 x 96" in err and len(err.splitlines()) == 1 and "AUROC %" in out
 
 
 def test_two_runs_of_a_category_cannot_share_a_folder_of_maps(run, monkeypatch, capsys):

@@ -119,9 +119,9 @@ class Corpus:
 
 def crop_of(photo: Image.Image, size: int, short_side: float, left: float, top: float, mirror: bool) -> np.ndarray:
     """The photo scaled to `short_side` pixels, of it a square (size, size, 3) uint8 at a share left, top of the room."""
-    scale = min(photo.size) / short_side
-    x, y = left * (photo.width - size * scale), top * (photo.height - size * scale)
-    crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + size * scale, y + size * scale))
+    side = min(size * min(photo.size) / short_side, *photo.size)                  # rounding may make it longer than the photo
+    x, y = left * (photo.width - side), top * (photo.height - side)
+    crop = photo.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
     return np.array(crop)[:, ::-1] if mirror else np.array(crop)
 
 
@@ -187,9 +187,11 @@ def distill(args, save_every=60.0) -> int:
     student = student.to(device, memory_format=torch.channels_last).requires_grad_(True)
     optimizer = torch.optim.Adam(student.parameters(), lr=args.lr, fused=True)
     if state is None:                                # the target's mean and std, channel by channel, over 256 photos
-        sample = photos(order[:256], lambda i: (args.crop, max(args.crop, 224), 0.5, 0.5, False))
+        sample = [x for x in photos(order[:256], lambda i: (args.crop, max(args.crop, 224), 0.5, 0.5, False)) if x is not None]
+        if not sample:
+            raise InputError(f"--images {args.images}: none of the first {len(order[:256])} photos can be read; see the warnings")
         with torch.no_grad():
-            sample = torch.cat([torch.cat(teacher_target(teacher, x[None].to(device)), 1) for x in sample if x is not None])
+            sample = torch.cat([torch.cat(teacher_target(teacher, x[None].to(device)), 1) for x in sample])
         state = {"format": ladmim.FORMAT, "settings": settings, "step": 0,
                  "moments": [sample.mean((0, 2, 3))[:, None, None], sample.std((0, 2, 3))[:, None, None].clamp(min=1e-6)]}
     else:
