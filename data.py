@@ -128,7 +128,7 @@ def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
 
 
 def hold_out(paths: list[Path], tag: str) -> tuple[list[Path], list[Path]]:
-    """-> the paths that stay (at least one), and a tenth (at least two) drawn at random; the same tag draws the same."""
+    """-> the paths that stay, and a tenth (at least two; one of two) drawn at random; the same tag draws the same."""
     order = np.random.default_rng(zlib.crc32(os.fsencode(tag))).permutation(len(paths))
     drawn = {paths[i] for i in order[:min(len(paths) - 1, max(2, round(len(paths) / 10)))]}
     return [path for path in paths if path not in drawn], sorted(drawn)
@@ -201,7 +201,7 @@ def list_categories(root: Path) -> list[str]:
 def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
     """Photos of root/category by split, kind and name, whichever dataset's layout they are in.
 
-    Where there are no validation photos, a tenth of the training photos (at least two), drawn with the seed, is held
+    Where there are no validation photos, a tenth of the training photos (at least two; one of two), drawn with the seed, is held
     out for it. Anomalies in a validation folder (BMAD's valid/Ungood) are left out: only normals standardise scores.
     Raises InputError where a folder is missing or holds no photos.
     """

@@ -560,6 +560,14 @@ def add_up(tensors: list[torch.Tensor]):
             tensor.copy_(total.view_as(tensor))
 
 
+def as_first(value):
+    """What process 0 has for `value`, in all of them."""
+    held = [value]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(held, 0)
+    return held[0]
+
+
 @contextlib.contextmanager
 def first_process_first():
     """What is inside is done by process 0 before the others: they find its files."""
@@ -679,11 +687,8 @@ class Run:
                 if name not in about and held.get(name) != value:
                     raise InputError(f"{folder}: holds a run with {name} = {held.get(name)}, asked for {value}; "
                                      "choose another --out or delete the folder")
-        if self.writes and not (folder / "config.json").exists():
-            try:
-                (folder / "config.json").write_text(json.dumps(self.state["config"], indent=1) + "\n")
-            except OSError as error:
-                raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
+        if self.writes and not ((folder / "checkpoint.pt").exists() and (folder / "config.json").exists()):
+            write_whole(folder / "config.json", (json.dumps(self.state["config"], indent=1) + "\n").encode())
         self.write_metrics()
 
     def save(self, **news):
@@ -812,7 +817,7 @@ def train_hvq(run: Run, cfg: Config, h0, n: int, device) -> HVQ:
 
     def loss(index):
         with in_precision(cfg, device):
-            return equation7(h0(index))
+            return (equation7 if len(index) else hvq.loss)(h0(index))             # nothing is compiled for no photos
 
     def end_epoch(epoch):
         used, perplexity = hvq.health()
@@ -851,7 +856,7 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, h0, n: int, device, pixels=None) 
 
         def loss(index):
             with in_precision(cfg, device):
-                return equation12(h0(index), mask[index], codes[index], pixels and pixels(index))
+                return (equation12 if len(index) else mean_error)(h0(index), mask[index], codes[index], pixels and pixels(index))
         return loss
 
     def lr(epoch):                                   # linear warm-up, then cosine to 1e-6
@@ -931,7 +936,8 @@ def learn_normal(cfg: Config, train, validation) -> dict:
     normal = {}
     if cfg.hvq_score == "whitened":
         normal["windows"] = [whitening(x) for x in windows(train[0], cfg.grid)]
-        normal["largest"] = [evaluation.moments(z.amax(1).double().numpy()) for z in abnormal(validation[0], cfg.grid, normal["windows"])]
+        normal["largest"] = [evaluation.moments(z.amax(1).double().numpy())
+                             for z in abnormal(validation[0], cfg.grid, normal["windows"])]
     if cfg.mim_score == "whitened":
         normal["histograms"] = [whitening(x[:, None]) for x in train[2].unbind(1)]
     return normal
@@ -1158,7 +1164,7 @@ def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device
                 "torch": str(torch.__version__), **dataclasses.asdict(cfg)}
     folder = Path(args.out or f"runs/{settings['data']}/{category}-{args.preset}-seed{seed}")
     run = Run(folder, settings) if (folder / "checkpoint.pt").exists() else None
-    if run and one_of_many and run.state["config"]["root"] == settings["root"] and run.tested():
+    if run and one_of_many and as_first(run.state["config"]["root"] == settings["root"] and bool(run.tested())):
         report(run)
         return 0
     pdn, backbone = load_pdn(cfg.pdn, seed)
@@ -1177,8 +1183,8 @@ def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device
 
     run = run or Run(folder, settings)               # no folder before the photos are known to be readable
     if "mean" in run.state and not (torch.equal(run.state["mean"], mean.cpu()) and torch.equal(run.state["std"], std.cpu())):
-        raise InputError(f"{run.folder}: the training photos or the backbone changed since this run began; choose another "
-                         "--out or delete the folder")
+        raise InputError(f"{run.folder}: the training photos or the backbone changed since this run began, or another version "
+                         "held out other photos for validation; choose another --out or delete the folder")
     run.state.update(pdn=pdn.state_dict(), mean=mean.cpu(), std=std.cpu())
     h0 = standardised(features, mean, std, device)
     pixels = None
@@ -1190,7 +1196,7 @@ def train_run(args, cfg: Config, root: Path, names: list[str], seed: int, device
         take_over(run, cfg, Path(args.take))
     hvq = train_hvq(run, cfg, h0, n, device)
     mim = train_mim(run, cfg, hvq, h0, n, device, pixels)
-    if run.tested() != {photo.path.relative_to(root).as_posix() for photo in photos if photo.split != "train"}:
+    if as_first(run.tested() != {photo.path.relative_to(root).as_posix() for photo in photos if photo.split != "train"}):
         write_scores(run, cfg, root, photos, hvq, mim, h0, device, pixels)
     report(run)
     return 1 if bad else 0

@@ -89,6 +89,20 @@ def test_the_first_process_alone_speaks_and_writes(both):
     assert stages == ["hvq", "hvq", "mim", "score"]
 
 
+def test_two_processes_agree_on_what_a_finished_run_lacks(both):
+    """Process 0 makes config.json anew while the other may be reading: it decides for both that the run is scored again."""
+    folder, _, _, two = both
+    options = [f"{name}={two['config'][name.strip('-').replace('-', '_')]}" for name in ("--codebook", "--hvq-batch", "--mim-batch")]
+    before = {name: (folder / "two" / name).read_bytes() for name in ("config.json", "scores.csv")}
+    for name in before:
+        (folder / "two" / name).unlink()
+    port = free_port()
+    started = [start(folder, "two", rank, 2, port, *options) for rank in range(2)]
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert all((folder / "two" / name).read_bytes() == content for name, content in before.items())
+
+
 def test_shares_of_a_batch_are_disjoint_and_whole(monkeypatch):
     for length in (0, 1, 3, 8):
         batch, parts = torch.arange(length), []

@@ -804,22 +804,29 @@ def test_hardly_any_photos_give_scores_that_are_numbers(tmp_path, train, validat
 
 
 @pytest.mark.parametrize("codebook", ["ema", "gradient"])
-def test_a_loss_that_explodes_is_one_line_and_keeps_the_last_good_checkpoint(tmp_path, codebook):
+def test_a_loss_that_explodes_is_one_line_and_the_remedy_works_in_the_same_folder(tmp_path, codebook):
     make_photos(tmp_path / "photos")
-    result = command("train", "--data", "photos", "--category", "widgets", *QUICK, "--hvq-lr", "1e30", "--codebook", codebook,
-                     "--out", "run", cwd=tmp_path)
+    train = ("train", "--data", "photos", "--category", "widgets", *QUICK, "--codebook", codebook, "--out", "run", "--hvq-lr")
+    result = command(*train, "1e30", cwd=tmp_path)
     assert result.returncode == 2 and len(errors_of(result)) == 1 and "try a smaller --hvq-lr" in errors_of(result)[0]
+    assert command(*train, "1e-3", cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["hvq_lr"] == 1e-3
 
 
-@pytest.mark.parametrize("lost", ["scores.csv", "maps.npz", "config.json"])
+@pytest.mark.parametrize("lost", ["scores.csv", "maps.npz", "config.json", "bytes of maps.npz"])
 def test_a_finished_run_is_scored_again_where_a_table_is_lost_or_photos_came(tmp_path, lost):
     make_photos(tmp_path / "photos")
     train = ("train", "--data", "photos", "--category", "widgets", *QUICK, "--out", "run")
     assert command(*train, cwd=tmp_path).returncode == 0
     before = (tmp_path / "run" / "scores.csv").read_text()
-    (tmp_path / "run" / lost).unlink()
+    file = tmp_path / "run" / lost.split()[-1]
+    content = file.read_bytes()
+    if lost.startswith("bytes"):
+        file.write_bytes(content[:60] + bytes(100) + content[160:])
+    else:
+        file.unlink()
     assert command(*train, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "run" / lost).exists() and (tmp_path / "run" / "scores.csv").read_text() == before
+    assert file.read_bytes() == content and (tmp_path / "run" / "scores.csv").read_text() == before
     good = tmp_path / "photos" / "widgets" / "test" / "good"
     shutil.copy(good / "000.png", good / "later.png")
     assert command(*train, cwd=tmp_path).returncode == 0
