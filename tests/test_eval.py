@@ -261,6 +261,13 @@ def test_presets_commits_and_settings_are_kept_apart(tmp_path, capsys):
         ["mean of 2", "tiny target=None", "abc1234", "each alone", "not shared"]]
 
 
+def test_categories_of_other_settings_have_no_mean_together():
+    about = {"data": "x", "rendered": True, "preset": "tiny", "commit": "abc", "trained on": "each alone", "seed": 0}
+    records = [about | {"run": name, "category": name, "settings": {"masks": masks}} for name, masks in (("a", 32), ("b", 1))]
+    kept, repeats = evaluation.tell_apart(records)
+    assert {record["preset"] for record in kept} == {"tiny masks=32", "tiny masks=1"} and not repeats
+
+
 def test_a_repeated_seed_counts_once_and_is_named(tmp_path, capsys):
     make_run(tmp_path / "runs/a")
     make_run(tmp_path / "runs/b")

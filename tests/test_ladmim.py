@@ -651,6 +651,13 @@ def test_other_settings_do_not_overwrite_a_run(trained):
     assert result.returncode == 2 and len(errors_of(result)) == 1 and "codes = 8, asked for 16" in errors_of(result)[0]
 
 
+def test_several_processes_without_torchrun_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    result = command("train", "--category", "widgets", *QUICK, cwd=tmp_path)
+    assert result.returncode == 2 and len(errors_of(result)) == 1 and "torchrun" in errors_of(result)[0]
+
+
 def test_precision_is_a_setting_of_the_run(tmp_path):
     make_photos(tmp_path / "photos")
     train = ("train", "--data", "photos", "--category", "widgets", *QUICK, "--image-size", "125", "--out", "run")
