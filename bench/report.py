@@ -1,7 +1,11 @@
-"""The HTML report of eval.py: the tables, and what the detectors saw. One file, no scripts, nothing from elsewhere.
+"""Draws runs as one HTML file: the tables of eval.py, and what the detectors saw.
 
-For each category the run with the lowest seed is shown: ROC curves, score histograms, every test photo with both maps, the
-worst mistakes with the mask that saw most and its histograms (the paper's Figure 5), and the codes of all levels (Figure 4).
+    python bench/report.py                          every run under runs/ -> runs/report.html
+    python bench/report.py RUN_OR_FOLDER ... --out FILE
+
+The file has no scripts and asks for nothing from elsewhere. Of each category it shows the run with
+the lowest seed: score histograms, every test photo with both maps, the worst mistakes with the mask
+that saw most (the paper's Figure 5), and the codes of all levels (Figure 4).
 """
 from __future__ import annotations
 
@@ -9,56 +13,73 @@ import base64
 import colorsys
 import html
 import io
-import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import data
-import eval as evaluation
-import ladmim
-from data import InputError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-MARK = "<!-- made by LADMIM's eval.py -->"
-PAGE = """<!doctype html>{mark}<html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>LADMIM report</title><style>
-body{{background:#14161a;color:#d8dce2;font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1200px;padding:0 1rem 4rem}}
-h1,h2,h3{{color:#f2f4f7;line-height:1.2;overflow-wrap:anywhere}} h2{{margin-top:3rem}} a{{color:#8ab4f8}}
-.wide{{overflow-x:auto}} table{{border-collapse:collapse;font-size:.85rem}} .title{{margin:1.5rem 0 .3rem;font-weight:600}}
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import ladmim  # noqa: E402
+from backbone import FIELD, overlay, token_centres  # noqa: E402
+from bench.localise import tested_photos  # noqa: E402
+from data import InputError  # noqa: E402
+
+MARK = "<!-- made by LADMIM's "
+PAGE = """<!doctype html>{mark}report.py --><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>LADMIM report</title>
+<style>
+body{{background:#14161a;color:#d8dce2;font:16px/1.5 system-ui,sans-serif;margin:0 auto;
+max-width:1200px;padding:0 1rem 4rem}}
+h1,h2,h3{{color:#f2f4f7;line-height:1.2;overflow-wrap:anywhere}} h2{{margin-top:3rem}}
+.wide{{overflow-x:auto}} .title{{margin:1.5rem 0 .3rem;font-weight:600}}
+table{{border-collapse:collapse;font-size:.85rem}}
 td,th{{border-bottom:1px solid #333a44;padding:.25rem .7rem;text-align:left;white-space:nowrap}}
 .grid{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.8rem}}
 figure{{margin:0;background:#1d2026;border-radius:.5rem;padding:.6rem;overflow:hidden}}
 figcaption{{font-size:.85rem;overflow-wrap:anywhere}}
 figure img{{max-width:100%;height:auto;border-radius:.2rem}}
 .row{{display:flex;gap:.3rem;flex-wrap:wrap}} .three img{{width:32%}}
-.wrong{{outline:2px solid #ff6b5e}} .leak{{background:#5e1b14;padding:.6rem}}
-summary{{cursor:pointer;padding:.6rem 0;font-weight:600}}
+.wrong{{outline:2px solid #ff6b5e}} summary{{cursor:pointer;padding:.6rem 0;font-weight:600}}
 </style><h1>LADMIM report</h1><p>{protocol}</p>{body}</html>
 """
-INK, PAPER, LINE, BLUE, ORANGE, RED = "#d8dce2", "#1d2026", "#4a525e", "#6aa5f0", "#f0a850", "#ff6b5e"
+INK, PAPER = "#d8dce2", "#1d2026"
+BLUE, ORANGE, RED = "#6aa5f0", "#f0a850", "#ff6b5e"
 SIDE = 128                                           # pixels of a thumbnail
 
 
-def picture(image: Image.Image, words: str, photo: bool = True) -> str:
+# HTML
+
+def picture(image: Image.Image, words: str, kind: str = "png") -> str:
     content = io.BytesIO()
-    image.save(content, "JPEG" if photo else "PNG", **({"quality": 75} if photo else {"optimize": True}))
-    kind, text = "jpeg" if photo else "png", base64.b64encode(content.getvalue()).decode()
-    return (f'<img loading="lazy" width="{image.width}" height="{image.height}" alt="{html.escape(words, quote=True)}" '
-            f'src="data:image/{kind};base64,{text}">')
+    image.save(content, kind, quality=75)            # PNG has no quality
+    text = base64.b64encode(content.getvalue()).decode()
+    return (f'<img loading="lazy" width="{image.width}" height="{image.height}" '
+            f'alt="{html.escape(words)}" src="data:image/{kind};base64,{text}">')
 
 
 def figure(pictures: list[str], caption: str, wrong: bool = False, three: bool = False) -> str:
-    return (f'<figure{" class=wrong" if wrong else ""}><div class="row{" three" if three else ""}">{"".join(pictures)}</div>'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+    return (f'<figure{" class=wrong" if wrong else ""}><div class="row{" three" if three else ""}">'
+            f'{"".join(pictures)}</div><figcaption>{html.escape(caption)}</figcaption></figure>')
+
+
+def grid(figures: list[str]) -> str:
+    return f'<div class="grid">{"".join(figures)}</div>'
 
 
 def html_table(title: str, header: list, rows: list) -> str:
-    def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(evaluation.cell_text(cell))}</{tag}>" for cell in cells) + "</tr>"
-    body = "".join(line(row, "td") for row in rows)
-    return f'<p class="title">{html.escape(title)}</p><div class="wide"><table>{line(header, "th")}{body}</table></div>'
+    lines = []
+    for row in [header, *rows]:
+        tag = "th" if row is header else "td"
+        cells = [html.escape(evaluation.cell_text(cell)) for cell in row]
+        lines.append("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>")
+    return (f'<p class="title">{html.escape(title)}</p>'
+            f'<div class="wide"><table>{"".join(lines)}</table></div>')
 
 
 # Plots
@@ -68,202 +89,215 @@ def canvas(width: int, height: int):
     return image, ImageDraw.Draw(image), ImageFont.load_default(13)
 
 
-def roc_plot(curves: dict) -> Image.Image:
-    """curves: name -> (labels, scores), labels 1 for anomalies."""
-    image, draw, font = canvas(340, 360)
-    draw.rectangle((30, 10, 330, 310), outline=LINE)
-    draw.line((30, 310, 330, 10), LINE)
-    draw.text((120, 316), "false positive rate", INK, font)
-    for place, (colour, (name, (labels, scores))) in enumerate(zip((BLUE, ORANGE, RED), curves.items())):
-        order = np.argsort(-scores, kind="stable")
-        ends = np.append(np.diff(scores[order]) != 0, True)                       # a tie is one step
-        hits, alarms = (np.append(0, part[order].cumsum()[ends] / part.sum()) for part in (labels, 1 - labels))
-        draw.line([(30 + 300 * x, 310 - 300 * y) for x, y in zip(alarms, hits)], colour, 2)
-        draw.text((120, 250 + 18 * place), f"{name} {100 * evaluation.auroc(labels, scores):.1f}", colour, font)
-    return image
-
-
 def score_plot(groups: dict, threshold: float) -> Image.Image:
-    """groups: name -> scores; a row of bars each, the threshold a line through them. The axis is asinh: even near 0, where
-    normals lie, logarithmic beyond, so that anomalies a thousand standard deviations away leave the normals their place."""
+    """groups: name -> scores; a row of bars each, the threshold a line through them.
+
+    The axis is asinh: even near 0, where normals lie, logarithmic beyond. So anomalies a thousand
+    standard deviations away leave the normals their place.
+    """
     image, draw, font = canvas(340, 30 + 80 * len(groups))
-    groups, threshold = {name: np.arcsinh(scores) for name, scores in groups.items()}, np.arcsinh(threshold)
-    everything = np.concatenate([*groups.values(), [threshold]])
+    everything = np.arcsinh(np.concatenate([*groups.values(), [threshold]]))
     edges = np.linspace(everything.min(), everything.max() + 1e-9, 41)
-    at = 10 + 320 * (threshold - edges[0]) / (edges[-1] - edges[0])
+    at = 10 + 320 * (np.arcsinh(threshold) - edges[0]) / (edges[-1] - edges[0])
     for row, (name, scores) in enumerate(groups.items()):
-        count, _ = np.histogram(scores, edges)
-        bottom = 85 + 80 * row
-        for i, n in enumerate(count):
-            if n:
-                colour = BLUE if "good" in name else ORANGE
-                draw.rectangle((10 + 8 * i, bottom - 55 * n / count.max(), 16 + 8 * i, bottom), colour)
+        count, _ = np.histogram(np.arcsinh(scores), edges)
+        bottom, colour = 85 + 80 * row, BLUE if "good" in name else ORANGE
+        for i in np.flatnonzero(count):
+            top = bottom - 55 * count[i] / count.max()
+            draw.rectangle((10 + 8 * i, top, 16 + 8 * i, bottom), colour)
         draw.text((10, bottom - 76), name, INK, font)
         draw.line((at, bottom - 57, at, bottom), RED, 2)
-    draw.text((min(at + 4, 250), image.height - 18), f"threshold {np.sinh(threshold):.1f}", RED, font)
+    draw.text((min(at + 4, 250), image.height - 18), f"threshold {threshold:.1f}", RED, font)
     return image
 
 
 def histogram_plot(p, q) -> Image.Image:
-    """p, q (L, K): predicted and actual histogram of a masked region; of each level the 16 codes that matter most."""
+    """p, q (L, K): predicted and actual histogram of a masked region. Of each level the 16 codes
+    that matter most."""
     image, draw, font = canvas(340, 24 + 62 * len(p))
     draw.text((6, 3), "predicted", BLUE, font)
     draw.text((80, 3), f"actual, codes of levels 1 to {len(p)} downwards", ORANGE, font)
-    for level, (predicted, actual) in enumerate(zip(p, q)):
-        bottom, shown = 76 + 62 * level, np.argsort(-np.maximum(predicted, actual))[:16]
+    highest = max(p.max(), q.max())
+    for level in range(len(p)):
+        bottom, shown = 76 + 62 * level, np.argsort(-np.maximum(p[level], q[level]))[:16]
         for i, code in enumerate(np.sort(shown)):
-            for value, left, colour in ((predicted[code], 6 + 21 * i, BLUE), (actual[code], 15 + 21 * i, ORANGE)):
-                draw.rectangle((left, bottom - 48 * value / max(p.max(), q.max()), left + 7, bottom), colour)
+            for values, left, colour in ((p, 6 + 21 * i, BLUE), (q, 15 + 21 * i, ORANGE)):
+                top = bottom - 48 * values[level, code] / highest
+                draw.rectangle((left, top, left + 7, bottom), colour)
     return image
 
 
 def code_map(codes, count: int) -> Image.Image:
     """codes (g, g) -> a colour for each of `count` codes, neighbours in number far apart in hue."""
-    colours = np.array([colorsys.hsv_to_rgb(i * 0.618 % 1, 0.55 + 0.45 * (i % 3) / 2, 0.95 - 0.4 * (i % 2))
-                        for i in range(count)])
-    return Image.fromarray((255 * colours[codes]).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    colours = [colorsys.hsv_to_rgb(i * 0.618 % 1, 0.55 + 0.45 * (i % 3) / 2, 0.95 - 0.4 * (i % 2))
+               for i in range(count)]
+    image = Image.fromarray((255 * np.array(colours)[codes]).astype(np.uint8))
+    return image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
 
 
 # One category
 
-def thumbnail(path: Path) -> Image.Image:
-    return data.open_image(path).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+@dataclass
+class Judged:
+    """A test photo and what the run says of it."""
+    path: Path
+    name: str
+    label: int
+    score: float
+    flagged: bool
+    maps: dict                                       # this photo's of `read_maps`
+
+    def thumbnail(self) -> Image.Image:
+        return data.open_image(self.path).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
-def masked(photo: Image.Image, mask) -> Image.Image:
-    """photo (SIDE, SIDE) with the mask's tokens (g, g) darkened."""
-    dark = Image.fromarray((mask * 170).astype(np.uint8)).resize(photo.size, Image.Resampling.NEAREST)
-    return Image.composite(Image.new("RGB", photo.size, "black"), photo, dark)
+def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], float, str]:
+    """The category's test photos, the highest score first; the threshold; score histograms."""
+    root, photos, maps = tested_photos(scored, category)
+    total, test, normals = evaluation.total_scores(scored, category)
+    threshold, judged = evaluation.threshold(total[normals]), []
+    score = {root / path: value for path, value in zip(scored.path, total)}
+    for photo in photos:
+        value, name = score[photo.path], f"{photo.kind}/{photo.path.name}"
+        judged.append(Judged(photo.path, name, photo.label, value, value > threshold,
+                             maps[photo.path]))
+    judged.sort(key=lambda photo: -photo.score)
+    groups = {"validation, good": total[normals]}
+    for kind in sorted(set(scored.kind[test])):
+        groups[f"test, {kind}"] = total[test & (scored.kind == kind)]
+    words = (f"scores, asinh scale; the threshold is the {evaluation.PERCENTILE}th percentile of "
+             "the validation normals")
+    return judged, threshold, figure([picture(score_plot(groups, threshold), "scores")], words)
 
 
-@torch.inference_mode()
-def mistake(detector: ladmim.Detector, path: Path, heat, caption: str) -> str:
-    """The paper's Figure 5: a photo, its heat map (g, g), the mask that saw most, and the histograms it compared."""
-    cfg = detector.cfg
-    h0, pixels = detector.look(data.load_image(path, cfg.image_size)[None])
+def card(photo: Judged, rank: int, image_size: int) -> str:
+    small = photo.thumbnail()
+    pictures = [picture(small, "photo", "jpeg")]
+    for name in ("structural", "logical"):
+        heat = overlay(small, photo.maps[name], image_size)
+        pictures.append(picture(heat, f"{name} map", "jpeg"))
+    verdict = "anomaly" if photo.flagged else "good"
+    return figure(pictures, f"{rank}. {photo.name}: {photo.score:.2f}, {verdict}",
+                  photo.flagged != bool(photo.label), three=True)
+
+
+def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
+    """The paper's Figure 5: photo, heat map, the mask that saw most, the histograms it compared."""
+    cfg, masks, small = detector.cfg, detector.masks, photo.thumbnail()
+    h0, pixels = detector.look(data.load_image(photo.path, cfg.image_size)[None])
     _, codes = detector.hvq(h0)
-    output = detector.mim(h0, detector.masks)
-    error = ladmim.mim_error(detector.mim, output, h0, detector.masks, codes.to(torch.int16), pixels)[0]
+    output = detector.mim(h0, masks)
+    error = ladmim.mim_error(detector.mim, output, h0, masks, codes.to(torch.int16), pixels)[0]
     worst = int(error.argmax())
-    mask = detector.masks[worst]
-    photo = thumbnail(path)
-    pictures = [picture(photo, "photo"), picture(evaluation.overlay(photo, heat, cfg.image_size), "heat map"),
-                picture(masked(photo, mask.view(cfg.grid, -1).numpy()), "the mask that saw most")]
+    mask = masks[worst].numpy()                      # (N,)
+    dark = Image.fromarray((mask.reshape(cfg.grid, -1) * 170).astype(np.uint8))
+    masked = Image.composite(Image.new("RGB", small.size, "black"), small,
+                             dark.resize(small.size, Image.Resampling.NEAREST))
+    heat = overlay(small, photo.maps["sum"], cfg.image_size)
+    pictures = [picture(small, "photo", "jpeg"), picture(heat, "heat map", "jpeg"),
+                picture(masked, "the mask that saw most", "jpeg")]
     if cfg.target == "histogram":
         p = output[0, worst].softmax(-1).numpy()     # (L, K)
-        q = np.array([np.bincount(level[mask], minlength=cfg.codes) for level in codes[0].numpy()]) / int(mask.sum())
-        pictures.append(picture(histogram_plot(p, q), "histograms", False))
+        q = [np.bincount(level[mask], minlength=cfg.codes) for level in codes[0].numpy()]
+        pictures.append(picture(histogram_plot(p, np.array(q) / mask.sum()), "histograms"))
     return figure(pictures, caption)
 
 
-@torch.inference_mode()
-def code_section(detector: ladmim.Detector, photos: list, root: Path, category: str) -> str:
-    """The paper's Figure 4 over some of the photos: code maps, patches that share a code, and how codes meet defects."""
-    cfg, defects = detector.cfg, data.load_defects(root, category)
-    good, bad = ([photo for photo in photos if bool(photo.label) is label] for label in (False, True))
-    good, bad = good[:8], [photo for photo in bad if photo.masks][::max(1, len(bad) // 12)][:12]
-    images = np.stack([data.load_image(photo.path, cfg.image_size) for photo in good + bad])
-    codes = torch.cat([detector.hvq(detector.look(part)[0])[1] for part in np.array_split(images, max(1, len(images) // 8))])
-    codes = codes.view(len(images), cfg.levels, cfg.grid, cfg.grid).numpy()
-    parts, rows = [], []
-    for name, i in (("a good photo", 0), ("an anomaly", len(good))):
-        if i < len(images):
-            maps = [picture(code_map(level, cfg.codes), f"codes of level {n}", False) for n, level in enumerate(codes[i], 1)]
-            parts.append(figure([picture(Image.fromarray(images[i]).resize((SIDE, SIDE)), name), *maps],
-                                f"{name}: codes of levels 1 to {cfg.levels}"))
-    step = (cfg.image_size - 29) // 4 // cfg.grid
+def mistakes(detector: ladmim.Detector, judged: list[Judged], threshold: float) -> list[str]:
+    """The three lowest anomalies that were missed, the three highest false alarms."""
+    missed = [photo for photo in reversed(judged) if photo.label and not photo.flagged]
+    alarms = [photo for photo in judged if photo.flagged and not photo.label]
+    figures = []
+    for words, photos in (("missed", missed[:3]), ("false alarm", alarms[:3])):
+        for photo in photos:
+            caption = f"{words}: {photo.name}, score {photo.score:.2f} against {threshold:.2f}"
+            figures.append(mistake(detector, photo, caption))
+    return figures
+
+
+def code_figures(detector: ladmim.Detector, judged: list[Judged]) -> list[str]:
+    """The paper's Figure 4: the codes of a good photo and an anomaly, patches that share a code."""
+    cfg = detector.cfg
+    good = [photo for photo in judged if not photo.label][-8:]
+    shown = [*good, next(photo for photo in judged if photo.label)]
+    images = np.stack([data.load_image(photo.path, cfg.image_size) for photo in shown])
+    _, codes = detector.hvq(detector.look(images)[0])
+    codes = codes.unflatten(-1, (cfg.grid, cfg.grid)).numpy()                   # (n, L, g, g)
+    figures = []
+    for words, i in (("a good photo", 0), ("an anomaly", -1)):
+        pictures = [picture(shown[i].thumbnail(), words, "jpeg")]
+        pictures += [picture(code_map(level, cfg.codes), "codes") for level in codes[i]]
+        figures.append(figure(pictures, f"{words}: codes of levels 1 to {cfg.levels}"))
     for level in range(cfg.levels):
-        found = codes[:len(good), level]
-        code = np.bincount(found.ravel()).argmax()
-        places = np.argwhere(found == code)
-        crops = []
-        for i, row, column in places[np.random.default_rng(0).permutation(len(places))[:12]]:
-            y, x = (4 * step * at + 2 * (step - 1) for at in (row, column))       # what the token's middle position sees
-            crops.append(picture(Image.fromarray(images[i, y:y + 33, x:x + 33]).resize((64, 64)), "patch"))
-        parts.append(figure(crops, f"level {level + 1}: patches that carry code {code}, its most frequent one"))
-        # A token belongs to a defect where the middle of what it sees does.
-        known, collisions, tokens, kinds = set(found.ravel().tolist()), 0, 0, []
-        for photo, photo_codes in zip(bad, codes[len(good):, level]):
-            regions = data.load_regions(photo, defects)
-            mask = np.any([mask for mask, _ in regions], 0) if regions else np.zeros((1, 1), bool)
-            at = (16.5 + 2 * (step - 1) + 4 * step * np.arange(cfg.grid)) / cfg.image_size
-            rows_at, columns_at = ((at * n).astype(int) for n in mask.shape)
-            inside = photo_codes[mask[rows_at][:, columns_at]].tolist()
-            tokens, collisions = tokens + len(inside), collisions + sum(code in known for code in inside)
-            kinds += [len(set(inside))] if inside else []
-        rows.append([str(level + 1), f"{100 * collisions / tokens:.0f} %" if tokens else "–",
-                     f"{np.mean(kinds):.1f}" if kinds else "–", str(len(known))])
-    parts.append("</div>" + html_table(
-        f"Codes against ground truth, {len(good)} good photos and {len(bad)} anomalies. Collision: defect tokens whose code "
-        "good photos carry too. Redundancy: different codes within one photo's defects.",
-        ["level", "collision", "redundancy", "codes in good photos"], rows) + "<div>")
-    return f'<h3>Codes</h3><div class="grid">{"".join(parts)}</div>'
+        of_good = codes[:-1, level]                  # (n - 1, g, g)
+        code = np.bincount(of_good.ravel()).argmax()
+        figures.append(figure(patches(images, of_good == code, cfg.image_size),
+                              f"level {level + 1}: patches with code {code}, its most frequent"))
+    return figures
 
 
-def category_section(run: evaluation.Run, category: str) -> str:
-    root, photos, maps = evaluation.tested_photos(run, category)
-    size = run.config["image_size"]
-    own = run.category == category
-    normals = own & ~run.test & (run.kind == "good")
-    both = sum(evaluation.standardise(s, s[normals]) for s in (run.s_hvq, run.s_mim))
-    threshold, kind = evaluation.threshold(both[normals]), run.kind[own & run.test]
-    tested, curves = both[own & run.test], {}
-    groups = evaluation.anomaly_groups(kind)
-    for name, kinds in groups.items() if evaluation.ANY not in groups else [(evaluation.ANY, groups[evaluation.ANY])]:
-        pick = np.isin(kind, ["good", *kinds])
-        curves[name] = (kind != "good")[pick].astype(int), tested[pick]
-    plots = [figure([picture(roc_plot(curves), "ROC curves", False)], "ROC curves, AUROC %"),
-             figure([picture(score_plot({"validation, good": both[normals],
-                                         **{f"test, {name}": tested[kind == name] for name in sorted(set(kind))}},
-                                        threshold), "scores", False)],
-                    f"scores, asinh scale; the threshold is the {evaluation.PERCENTILE}th percentile of the validation normals")]
-    score = {root / path: value for path, value in zip(maps, both)}               # maps.npz has scores.csv's order
-    ranked, cards = sorted(photos, key=lambda photo: -score[photo.path]), []
-    for rank, photo in enumerate(ranked, 1):
-        found, flagged = maps[photo.path.relative_to(root).as_posix()], score[photo.path] > threshold
-        small = thumbnail(photo.path)
-        cards.append(figure([picture(small, "photo"), *(picture(evaluation.overlay(small, found[part], size), f"{part} map")
-                                                        for part in ("structural", "logical"))],
-                            f"{rank}. {photo.kind}/{photo.path.name}: {score[photo.path]:.2f}, "
-                            f"{'anomaly' if flagged else 'good'}", flagged != bool(photo.label), three=True))
-    detector = ladmim.load_detector(run.folder, category, torch.device("cpu"))
-    alarms = [photo for photo in ranked if not photo.label and score[photo.path] > threshold][:3]
-    misses = [photo for photo in reversed(ranked) if photo.label and score[photo.path] <= threshold][:3]
-    wrong = [mistake(detector, photo.path, maps[photo.path.relative_to(root).as_posix()]["sum"],
-                     f"{words}: {photo.kind}/{photo.path.name}, score {score[photo.path]:.2f} against {threshold:.2f}")
-             for words, found in (("missed", misses), ("false alarm", alarms)) for photo in found]
-    return (f'<h3>Scores</h3><div class="grid">{"".join(plots)}</div>'
-            f'<h3>Worst mistakes</h3><div class="grid">{"".join(wrong)}</div>'
-            f"{code_section(detector, photos, root, category)}"
-            f"<details><summary>All {len(photos)} test photos by score: photo, structural map, logical map; wrong verdicts "
-            f'framed</summary><div class="grid">{"".join(cards)}</div></details>')
+def patches(images, chosen, image_size: int) -> list[str]:
+    """12 of the patches that tokens see; chosen (n, g, g): which tokens."""
+    starts = (token_centres(image_size, chosen.shape[1]) - FIELD / 2).astype(int)
+    pictures = []
+    for i, row, column in np.random.default_rng(0).permutation(np.argwhere(chosen))[:12]:
+        y, x = starts[row], starts[column]
+        crop = Image.fromarray(images[i, y:y + FIELD, x:x + FIELD])
+        pictures.append(picture(crop.resize((64, 64)), "patch", "jpeg"))
+    return pictures
 
 
-def write(file: Path, tables: list[tuple], records: list[dict], banner: str) -> None:
-    """Replaces an earlier report; refuses to write over anything else. A category whose photos or models are no longer there
-    gets a line instead of pictures."""
-    try:
-        if file.exists() and MARK.encode() not in file.read_bytes()[:200]:
-            raise InputError(f"--report {file} exists and is no report of eval.py: name another file")
-    except OSError as error:
-        raise InputError(f"--report {file} can't be read ({error.strerror}): name another file") from None
-    body = [f'<p class="leak">{html.escape(banner)}</p>'] if banner else []
-    body += [html_table(*table) for table in tables]
-    for (_, _, category, preset, _, trained), rs in evaluation.grouped(records, "data", "rendered", "category",
-                                                                      *evaluation.GROUP).items():
-        first = min(rs, key=lambda record: record["seed"])
+@torch.inference_mode()
+def category_section(scored: evaluation.ScoredRun, category: str) -> str:
+    judged, threshold, scores = judge(scored, category)
+    detector = ladmim.load_detector(scored.folder, category, torch.device("cpu"))
+    cards = [card(photo, rank, detector.cfg.image_size) for rank, photo in enumerate(judged, 1)]
+    return (f"<h3>Scores</h3>{grid([scores])}"
+            f"<h3>Worst mistakes</h3>{grid(mistakes(detector, judged, threshold))}"
+            f"<h3>Codes</h3>{grid(code_figures(detector, judged))}"
+            f"<details><summary>All {len(judged)} test photos by score: photo, structural map, "
+            f"logical map; wrong verdicts framed</summary>{grid(cards)}</details>")
+
+
+# Command line
+
+def page(records: list[dict]) -> str:
+    """A category whose photos or models are no longer there gets a line instead of pictures."""
+    body = [html_table(*table) for table in evaluation.all_tables(records)]
+    keys = ("data", "rendered", "category", *evaluation.GROUP)
+    for members in evaluation.grouped(records, *keys).values():
+        first = min(members, key=lambda record: record["seed"])
         try:
-            section = category_section(evaluation.read_run(Path(first["run"])), category)
+            scored = evaluation.read_run(Path(first["run"]))
+            section = category_section(scored, first["category"])
         except InputError as error:
             section = f"<p>No pictures: {html.escape(str(error))}</p>"
-        body.append(f"<h2>{html.escape(evaluation.data_title(first))}: {html.escape(category)}, {html.escape(preset)}, "
-                    f"trained on {html.escape(trained)}, seed {first['seed']}</h2>{section}")
-    protocol = html.escape(evaluation.PROTOCOL.format(banner or evaluation.STANDARDISED))
-    text = PAGE.format(mark=MARK, protocol=protocol, body="".join(body))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise InputError(f"--report {file} can't be written ({error.strerror}): name another file") from None
+        title = (f"{evaluation.data_title(first)}: {first['category']}, {first['preset']}, "
+                 f"trained on {first['trained on']}, seed {first['seed']}")
+        body.append(f"<h2>{html.escape(title)}</h2>{section}")
+    protocol = html.escape(evaluation.PROTOCOL.format(evaluation.STANDARDISED))
+    return PAGE.format(mark=MARK, protocol=protocol, body="".join(body))
+
+
+def parse(argv):
+    parser = data.Parser(prog="bench/report.py", description="Draws runs as one HTML file.")
+    evaluation.add_runs(parser)
+    parser.add_argument("--out", type=Path, help="default: report.html in the folder of runs")
+    return parser.parse_args(argv)
+
+
+def write(args) -> int:
+    records, problems = evaluation.evaluate_runs(evaluation.chosen_runs(args))
+    records, repeats = evaluation.tell_apart(records)
+    file = args.out or args.runs / "report.html"
+    evaluation.write_report(file, page(records), MARK, "--out")
+    print(file)
+    return evaluation.show([], problems + repeats)
+
+
+def main(argv=None) -> int:
+    return data.run_command(lambda: write(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The two hot operations of LADMIM as Triton kernels, each with a torch path for every other device."""
+"""The two hot operations of LADMIM: Triton kernels, with a torch path for every other device."""
 
 from .histogram_l1 import histogram_l1
 from .nearest_code import nearest_code

@@ -1,4 +1,4 @@
-"""Which implementation runs: CUDA tensors go to Triton, all others to torch; LADMIM_KERNELS=torch|triton forces one."""
+"""Triton runs on CUDA tensors, torch on others; LADMIM_KERNELS=torch|triton forces one of them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ except ImportError:  # Triton has no build for macOS or Windows: the torch paths
 
 
 def jit(function):
-    """triton.jit where Triton is installed; otherwise the function itself, which nothing then calls."""
+    """triton.jit; without Triton the function itself, which nothing then calls."""
     return function if triton is None else triton.jit(function)
 
 
 def use_triton(tensor: torch.Tensor) -> bool:
-    """True if `tensor` goes to the Triton kernels; RuntimeError if the environment forces them where they cannot."""
+    """Does `tensor` go to the Triton kernels? RuntimeError if they are forced and cannot run."""
     choice = os.environ.get("LADMIM_KERNELS", "")
     if choice not in ("", "torch", "triton"):
-        raise RuntimeError(f"LADMIM_KERNELS={choice}: must be torch or triton, or unset to choose by device")
+        raise RuntimeError(f"LADMIM_KERNELS={choice}: must be torch or triton, or unset to choose "
+                           "by device")
     if choice == "torch":
         return False
     reason = _why_not(tensor.device)
@@ -33,7 +34,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
-    """Triton launches on the current device and its current stream: this makes the tensor's device the current one."""
+    """Makes the tensor's device the current one: Triton launches there, on its current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
@@ -42,10 +43,10 @@ def _why_not(device: torch.device) -> str:
     if triton is None:
         return "triton is not installed"
     if device.type == "cuda" and torch.version.cuda:
-        # The kernels rest on asynchronous copies and 99 KiB of shared memory: Ampere, 2020, and later.
+        # The kernels need asynchronous copies and 99 KiB of shared memory: Ampere, 2020, and later.
         old = torch.cuda.get_device_capability(device) < (8, 0)
         return "the GPU is older than compute capability 8.0" if old else ""
-    # Triton's interpreter runs kernels on the CPU, slowly, for tests. It must be asked for before Triton is imported.
+    # Triton's interpreter, slow and for tests, must be asked for before Triton is imported.
     asked = os.environ.get("LADMIM_KERNELS") == "triton" and device.type == "cpu"
     if asked and os.environ.get("TRITON_INTERPRET") == "1":
         return ""

@@ -1,16 +1,20 @@
-"""Histogram L1: equation 12's distance between predicted and actual code histograms, for each image, mask and level.
+"""Histogram L1: equation 12's distance between predicted and actual code histograms.
 
-    Q = histogram of the level's codes over the mask's tokens, divided by their number;   P = softmax(logits)
-    loss = sum_k |P_k - Q_k|;   d loss / d logits = P (s - sum_k P_k s_k) with s = sign(P - Q)
+For each image, mask and level:
+    Q = histogram of the level's codes over the mask's tokens, divided by their number
+    P = softmax(logits)
+    loss = sum_k |P_k - Q_k|
+    d loss / d logits = P (s - sum_k P_k s_k) with s = sign(P - Q)
 
-What moves through memory (a row is one image, mask and level; K = 512 codes, N = 576 tokens; kB a row):
-  naive    scatter_add needs the codes as 64-bit indices and a weight for each (7) and a zeroed histogram to add to (6);
-           softmax, division, difference, absolute value and sum pass over K numbers each (18). Backward: 20 more.
-  here     logits are read once (2), codes (1.2) and mask (0.6) come from cache, as all masks of an image share the codes.
-           The histogram lives in shared memory. Where a gradient is wanted, the same pass writes P (s - sum_k P_k s_k) (2)
-           and backward only scales it by the gradient that arrives (4).
-  floor    the logits themselves: 2 kB a row forward, 8 kB with backward: 2 and 8 ns at 1 TB/s. Below some ten thousand rows
-           a launch costs more than that, so one launch instead of a dozen is what counts.
+What moves through memory, in kB a row (one image, mask and level; K = 512 codes, N = 576 tokens):
+  naive    scatter_add needs the codes as 64-bit indices and a weight for each (7), and a zeroed
+           histogram to add to (6). Softmax, division, difference, absolute value and sum pass over
+           K numbers each (18). Backward: 20 more.
+  here     The logits are read once (2). Codes (1.2) and mask (0.6) come from cache, since all masks
+           of an image share the codes. The histogram lives in shared memory. Where a gradient is
+           wanted, the same pass writes it (2), and backward only scales it by what arrives (4).
+  floor    The logits themselves: 2 forward, 8 with backward, so 2 and 8 ns a row at 1 TB/s. Below
+           some ten thousand rows a launch costs more, and one launch instead of a dozen counts.
 """
 
 from __future__ import annotations
@@ -21,23 +25,26 @@ from .dispatch import jit, on_device, tl, triton, use_triton
 
 
 def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """logits (B, M, L, K), codes (B, L, N) integers below K, mask (M, N) or (B, M, N) bool -> (B, M, L), 0 to 2.
+    """logits (B, M, L, K), codes (B, L, N), mask (M, N) or (B, M, N) bool -> (B, M, L), 0 to 2.
 
-    Differentiable once in logits. Computed in float32 (float64 for float64 logits) and returned so.
-    A mask without a token and a code outside 0..K-1, masked or not, are ValueErrors on a CPU. On a GPU, where looking would
-    make the host wait, rows with such a mask or a masked code like that are NaN, and so are their gradients.
+    Differentiable once in logits. Computed and returned in float32, for float64 logits in float64.
+    On a CPU a mask without a token and a code outside 0..K-1, masked or not, are ValueErrors.
+    On a GPU, where looking would make the host wait, a row with such a mask, or with such a code
+    among its masked ones, is NaN, and so is its gradient.
     """
     (B, M, L, _), N = logits.shape, codes.shape[-1]
     if codes.shape != (B, L, N) or mask.shape not in ((M, N), (B, M, N)):
-        raise ValueError("histogram_l1 needs logits (B, M, L, K), codes (B, L, N) and mask (M, N) or (B, M, N), got "
-                         f"{tuple(logits.shape)}, {tuple(codes.shape)}, {tuple(mask.shape)}")
+        raise ValueError("histogram_l1 needs logits (B, M, L, K), codes (B, L, N) and mask (M, N) "
+                         f"or (B, M, N), got {tuple(logits.shape)}, {tuple(codes.shape)}, "
+                         f"{tuple(mask.shape)}")
     if not logits.is_floating_point() or codes.is_floating_point() or mask.dtype != torch.bool:
-        raise TypeError("histogram_l1 needs floating-point logits, integer codes and a bool mask, got "
-                        f"{logits.dtype}, {codes.dtype}, {mask.dtype}")
-    return _histogram_l1(logits, codes, mask, logits.requires_grad and torch.is_grad_enabled())[0]
+        raise TypeError("histogram_l1 needs floating-point logits, integer codes and a bool mask, "
+                        f"got {logits.dtype}, {codes.dtype}, {mask.dtype}")
+    differentiate = logits.requires_grad and torch.is_grad_enabled()
+    return _histogram_l1(logits, codes, mask, differentiate)[0]
 
 
-def histogram_l1_reference(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def histogram_l1_reference(logits, codes, mask) -> torch.Tensor:
     """The definition, differentiated by autograd: what tests and benchmark compare with."""
     B, M, L, _ = logits.shape
     index = codes.long()[:, None].expand(B, M, L, -1)
@@ -46,20 +53,22 @@ def histogram_l1_reference(logits: torch.Tensor, codes: torch.Tensor, mask: torc
     return (logits.softmax(-1) - Q).abs().sum(-1)
 
 
-# ---- custom operator: returns the loss (B, M, L) and, if asked to, d loss / d logits (B, M, L, K), otherwise nothing there
+# ---- custom operator: the loss (B, M, L) and, where asked for, d loss / d logits (B, M, L, K)
 
 @torch.library.custom_op("ladmim::histogram_l1", mutates_args=())
 def _histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor,
                   differentiate: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if use_triton(logits) and logits.dtype != torch.float64:
-        return _triton_path(logits.contiguous(), codes.contiguous(), mask.contiguous(), differentiate)
+        logits, codes, mask = logits.contiguous(), codes.contiguous(), mask.contiguous()
+        return _triton_path(logits, codes, mask, differentiate)
     return _torch_path(logits, codes, mask, differentiate)
 
 
 @_histogram_l1.register_fake
 def _outputs(logits, codes, mask, differentiate):
-    shape, dtype = logits.shape, torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(shape[:3], dtype=dtype), logits.new_empty(shape if differentiate else (0,), dtype=dtype)
+    shape, dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
+    loss = logits.new_empty(shape[:3], dtype=dtype)
+    return loss, logits.new_empty(shape if differentiate else (0,), dtype=dtype)
 
 
 def _save(ctx, inputs, output):
@@ -77,19 +86,22 @@ _histogram_l1.register_autograd(_gradient, setup_context=_save)
 # ---- torch
 
 def _torch_path(logits, codes, mask, differentiate):
-    (B, M, L, K), dtype = logits.shape, torch.float64 if logits.dtype == torch.float64 else torch.float32
+    (B, M, L, K), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     tokens = mask.sum(-1).expand(B, M)
     index, mask, wrong = codes.long(), mask.expand(B, M, -1), None
     if logits.device.type == "cpu":
         if not tokens.all():
             raise ValueError("histogram_l1: a mask has no token")
         if codes.numel() and not (0 <= codes.min() and codes.max() < K):
-            raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got {int(codes.min())}..{int(codes.max())}")
+            raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got "
+                             f"{int(codes.min())}..{int(codes.max())}")
     else:  # a GPU that is too old for the kernel
         valid = (index >= 0) & (index < K)  # (B, L, N)
-        index, wrong = index.clamp(0, K - 1), (mask[:, :, None] & ~valid[:, None]).any(-1, keepdim=True)
+        wrong = (mask[:, :, None] & ~valid[:, None]).any(-1, keepdim=True)  # (B, M, L, 1)
+        index = index.clamp(0, K - 1)
+    index = index[:, None].expand(B, M, L, -1)
     Q = torch.zeros((B, M, L, K), dtype=dtype, device=logits.device)
-    Q.scatter_add_(3, index[:, None].expand(B, M, L, -1), mask[:, :, None].to(dtype).expand(B, M, L, -1))
+    Q.scatter_add_(3, index, mask[:, :, None].to(dtype).expand(B, M, L, -1))
     Q /= tokens[:, :, None, None]  # NaN where a mask has no token
     if wrong is not None:
         Q.masked_fill_(wrong, torch.nan)
@@ -107,25 +119,23 @@ def _torch_path(logits, codes, mask, differentiate):
 def _triton_path(logits, codes, mask, differentiate):
     loss, gradient = _outputs(logits, codes, mask, differentiate)
     if loss.numel():
+        (_, M, L, K), N = logits.shape, codes.shape[-1]
+        sizes = {"M": M, "L": L, "N": N, "K": K, "MASK_B": M * N if mask.ndim == 3 else 0}
         with on_device(logits):
-            _rows[(loss.numel(),)](logits, codes, mask, loss, gradient, **_sizes(logits, codes, mask),
+            _rows[(loss.numel(),)](logits, codes, mask, loss, gradient, **sizes, **tile_sizes(K),
                                    DIFFERENTIATE=differentiate)
     return loss, gradient
 
 
-def _sizes(logits, codes, mask) -> dict[str, int]:
-    (_, M, L, K), N = logits.shape, codes.shape[-1]
-    return {"M": M, "L": L, "N": N, "K": K, "MASK_B": M * N if mask.ndim == 3 else 0, **tile_sizes(K)}
-
-
 def tile_sizes(K: int) -> dict[str, int]:
-    """Tokens and codes a tile: more codes than 1,024 would not fit a warp's registers as a histogram."""
-    return {"BLOCK_N": 256, "BLOCK_K": min(1024, max(32, triton.next_power_of_2(K))), "num_warps": 4}
+    """Tokens and codes a tile: a histogram of more than 1,024 codes would not fit the registers."""
+    codes = min(1024, max(32, triton.next_power_of_2(K)))
+    return {"BLOCK_N": 256, "BLOCK_K": codes, "num_warps": 4}
 
 
 @jit
 def _count(codes, mask, row, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr):
-    """The row's codes and mask, and 1 / its number of masked tokens: NaN if there is none or a code is out of range."""
+    """The row's codes and mask, and 1 / its masked tokens, NaN for none or for a wrong code."""
     level = row % L
     b = row // (M * L)
     codes += (b * L + level) * N
@@ -137,7 +147,8 @@ def _count(codes, mask, row, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr):
         code = tl.load(codes + n, chosen, 0).to(tl.int32)
         total += tl.sum(chosen.to(tl.int32), 0)
         wrong += tl.sum((chosen & ((code < 0) | (code >= K))).to(tl.int32), 0)
-    return codes, mask, tl.where((total > 0) & (wrong == 0), 1.0 / tl.maximum(total, 1).to(tl.float32), float("nan"))
+    share = 1.0 / tl.maximum(total, 1).to(tl.float32)
+    return codes, mask, tl.where((total > 0) & (wrong == 0), share, float("nan"))
 
 
 @jit
@@ -153,7 +164,8 @@ def _histogram(codes, mask, first, N, BLOCK_N: tl.constexpr, BLOCK_K: tl.constex
 
 
 @jit
-def _difference(logits, codes, mask, share, log_sum, first, N, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+def _difference(logits, codes, mask, share, log_sum, first, N, K, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr):
     """P and P - Q of the codes first .. first + BLOCK_K - 1, both 0 beyond K."""
     k = first + tl.arange(0, BLOCK_K)
     P = tl.exp(tl.load(logits + k, k < K, float("-inf")).to(tl.float32) - log_sum)
@@ -167,11 +179,12 @@ def _sign(difference):
 
 
 @jit
-def _rows(logits, codes, mask, loss, gradient, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          DIFFERENTIATE: tl.constexpr):
+def _rows(logits, codes, mask, loss, gradient, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr,
+          BLOCK_K: tl.constexpr, DIFFERENTIATE: tl.constexpr):
     row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
     codes, mask, share = _count(codes, mask, row, M, L, N, K, MASK_B, BLOCK_N)
     logits += row * K
+    # The softmax: its largest logit, then the logarithm of its sum.
     largest = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     for first in range(0, K, BLOCK_K):
         x = tl.load(logits + first + k, first + k < K, float("-inf")).to(tl.float32)
@@ -182,14 +195,18 @@ def _rows(logits, codes, mask, loss, gradient, M, L, N, K, MASK_B, BLOCK_N: tl.c
         x = tl.load(logits + first + k, first + k < K, float("-inf")).to(tl.float32)
         total += tl.exp(x - top)
     log_sum = top + tl.log(tl.sum(total, 0))
+    # The loss and, for the gradient, the signs' mean under P.
     distance, signed = tl.zeros((BLOCK_K,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for first in range(0, K, BLOCK_K):
-        P, difference = _difference(logits, codes, mask, share, log_sum, first, N, K, BLOCK_N, BLOCK_K)
+        P, difference = _difference(logits, codes, mask, share, log_sum, first, N, K,
+                                    BLOCK_N, BLOCK_K)
         distance += tl.abs(difference)
         signed += P * _sign(difference)
     tl.store(loss + row, tl.sum(distance, 0))
     if DIFFERENTIATE:
         mean = tl.sum(signed, 0)
         for first in range(0, K, BLOCK_K):
-            P, difference = _difference(logits, codes, mask, share, log_sum, first, N, K, BLOCK_N, BLOCK_K)
-            tl.store(gradient + row * K + first + k, P * (_sign(difference) - mean), first + k < K)
+            P, difference = _difference(logits, codes, mask, share, log_sum, first, N, K,
+                                        BLOCK_N, BLOCK_K)
+            tl.store(gradient + row * K + first + k, P * (_sign(difference) - mean),
+                     first + k < K)

@@ -1,0 +1,342 @@
+"""The frozen backbone: EfficientAD's Patch Description Network (PDN), and features from it.
+
+It is not LADMIM's own. A PDN sees 33 pixels, every 4 pixels, and never any padding. Its output is
+averaged to grid x grid tokens of d0 = 384 channels. There is no augmentation, so each photo's
+features are computed once and kept, as float16, in the cache.
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+from data import InputError
+from runs import Job, Progress, first_process_first, load_file
+
+FIELD, STRIDE, CHANNELS = 33, 4, 384   # receptive field and stride in pixels, d0
+PATCH = 4 * 4 * 3                      # numbers of a token's patch of the photo
+CACHE_FORMAT = 2                       # raise it when photos are read in another way
+
+
+# Where it looks
+
+def positions(image_size: int) -> int:
+    """Positions a side of the PDN's output: 48 for 224 pixels."""
+    return (image_size - FIELD) // STRIDE + 1
+
+
+def token_centres(image_size: int, grid: int) -> np.ndarray:
+    """(grid,) where each token's receptive field is centred, in pixels of the resized photo."""
+    pooled = positions(image_size) // grid           # positions a token, one way
+    return FIELD / 2 + STRIDE * ((pooled - 1) / 2 + pooled * np.arange(grid))
+
+
+def place(tokens, image_size: int, height: int, width: int) -> np.ndarray:
+    """tokens (g, g), one value a token of a photo that was squashed to image_size pixels a side ->
+    (height, width) float32 of the photo itself, bilinear between the tokens' centres. Beyond the
+    outermost centres the outermost values hold."""
+    grid = len(tokens)
+    first, spacing = token_centres(image_size, grid)[0], STRIDE * (positions(image_size) // grid)
+    weights = []
+    for n in (height, width):
+        at = ((np.arange(n) + 0.5) * image_size / n - first) / spacing              # in tokens
+        at = np.clip(at, 0, grid - 1)[:, None]
+        weights.append(np.maximum(0, 1 - np.abs(at - np.arange(grid))))             # (n, g)
+    return (weights[0] @ np.asarray(tokens, np.float64) @ weights[1].T).astype(np.float32)
+
+
+def overlay(photo: Image.Image, tokens, image_size: int) -> Image.Image:
+    """The photo with what is unlike the validation normals in red: clear from 3, full from 12."""
+    heat = place(tokens, image_size, photo.height, photo.width)
+    glow = Image.fromarray((np.clip((heat - 3) / 9, 0, 1) * 180).astype(np.uint8))
+    return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
+
+
+def save_heatmap(file: Path, path: Path, tokens: np.ndarray, image_size: int, verdict: str):
+    """Draws the photo at `path`, at most 1024 pixels a side, beside its heat map (N,), and the
+    verdict below."""
+    photo, grid = data.open_image(path), math.isqrt(tokens.size)
+    photo.thumbnail((1024, 1024))
+    hot = overlay(photo, tokens.reshape(grid, grid), image_size)
+    text = max(16, photo.height // 16)               # pixels
+    sheet = Image.new("RGB", (2 * photo.width + 8, photo.height + 2 * text), "white")
+    sheet.paste(photo, (0, 0))
+    sheet.paste(hot, (photo.width + 8, 0))
+    font = ImageFont.load_default(text * 3 // 4)
+    ImageDraw.Draw(sheet).text((text // 2, photo.height + text // 2), verdict, "black", font)
+    try:
+        sheet.save(file)
+    except OSError as error:
+        raise InputError(f"--heatmap {file.parent}: {file.name} cannot be saved "
+                         f"({error.strerror}); free some space or name another folder") from None
+
+
+# The network
+
+def build_pdn(size: str) -> nn.Sequential:
+    """(B, 3, 224, 224) -> (B, 384, 48, 48). size: "small" or "medium"."""
+    conv, relu, pool = nn.Conv2d, nn.ReLU, nn.AvgPool2d
+    if size == "small":
+        return nn.Sequential(conv(3, 128, 4), relu(), pool(2), conv(128, 256, 4), relu(), pool(2),
+                             conv(256, 256, 3), relu(), conv(256, CHANNELS, 4))
+    return nn.Sequential(conv(3, 256, 4), relu(), pool(2), conv(256, 512, 4), relu(), pool(2),
+                         conv(512, 512, 1), relu(), conv(512, 512, 3), relu(),
+                         conv(512, CHANNELS, 4), relu(), conv(CHANNELS, CHANNELS, 1))
+
+
+def pdn_from_state(state: dict, name: str) -> tuple[nn.Sequential, str]:
+    """The PDN whose weights `state` holds, frozen, and which one it is. Layers may have any names,
+    as the published files differ in them: their order and shapes decide."""
+    weights = [value for value in state.values() if torch.is_tensor(value)]
+    for size in ("small", "medium"):
+        pdn = build_pdn(size)
+        expected = pdn.state_dict()
+        if [w.shape for w in weights] == [value.shape for value in expected.values()]:
+            pdn.load_state_dict(dict(zip(expected, weights)))
+            return pdn.eval().requires_grad_(False), f"PDN {size}"
+    raise InputError(f"--pdn {name}: holds no PDN small or medium (found: "
+                     f"{', '.join(map(str, list(state)[:8])) or 'nothing'}); give a state dict of "
+                     "EfficientAD's teacher, or leave the option out for the shipped weights")
+
+
+def load_pdn(name: str, seed: int) -> tuple[nn.Sequential, str]:
+    """name: file or "random". Returns the frozen PDN in float32 and its description. A file is
+    checked against the SHA-256 beside it, where there is one."""
+    if name == "random":
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            pdn = build_pdn("small").eval().requires_grad_(False)
+            return pdn, "PDN small, random weights (control)"
+    path = Path(name) if Path(name).exists() else Path(__file__).parent / name
+    if not path.is_file():
+        raise InputError(f"--pdn {name}: no such file; leave the option out for the shipped "
+                         "weights")
+    digest = digest_file(path)
+    if digest.is_file():
+        expected = digest.read_text(errors="replace").split()[:1]
+        if expected != [hashlib.sha256(path.read_bytes()).hexdigest()]:
+            raise InputError(f"--pdn {name}: damaged or replaced, its SHA-256 is not the one in "
+                             f"{digest.name}; get the file again, or delete the .sha256 if the "
+                             "change was meant")
+    state = load_file(path, f"--pdn {name}")
+    pdn, kind = pdn_from_state(state if isinstance(state, dict) else {}, name)
+    return pdn, f"{kind}, from {name}"
+
+
+def digest_file(path: Path) -> Path:
+    """Where a file of weights keeps its SHA-256: beside it."""
+    return path.with_name(path.name + ".sha256")
+
+
+# Features
+
+def imagenet(x: torch.Tensor) -> torch.Tensor:
+    """x (B, 3, H, W) in [0, 1] -> with ImageNet's mean and std taken out."""
+    mean, std = x.new_tensor((0.485, 0.456, 0.406)), x.new_tensor((0.229, 0.224, 0.225))
+    return (x - mean[:, None, None]) / std[:, None, None]
+
+
+@torch.inference_mode()
+def extract(pdn: nn.Module, images: torch.Tensor, grid: int) -> torch.Tensor:
+    """images (B, H, W, 3) uint8 -> h0 before standardisation (B, N, d0) float32, N = grid ** 2."""
+    x = imagenet(images.permute(0, 3, 1, 2).float().div_(255))
+    x = pdn(x.contiguous(memory_format=torch.channels_last))         # (B, d0, 48, 48)
+    return F.avg_pool2d(x, x.shape[-1] // grid).flatten(2).transpose(1, 2)
+
+
+@torch.inference_mode()
+def patches(images: torch.Tensor, grid: int) -> torch.Tensor:
+    """images (B, H, W, 3) uint8 -> (B, N, 48), what `--target pixel` predicts: around each token's
+    centre 4x4 cells of mean colour, less the patch's mean, divided by its std."""
+    cell = positions(images.shape[1]) // grid                        # pixels a side
+    first = int(token_centres(images.shape[1], grid)[0] - 2 * cell)  # pixel of the first patch
+    inner = slice(first, first + 4 * cell * grid)
+    x = F.avg_pool2d(images[:, inner, inner].permute(0, 3, 1, 2).float(), cell)
+    x = x.unflatten(3, (grid, 4)).unflatten(2, (grid, 4))            # (B, 3, grid, 4, grid, 4)
+    x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    std = x.std(-1, correction=0, keepdim=True)
+    return (x - x.mean(-1, keepdim=True)) / (std + 1)                # 1 of 255: flat patches
+
+
+def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device) -> torch.Tensor:
+    """images (B, H, W, 3) uint8, as data.load_image gives them -> (B, N, d0) float16 features, with
+    pixels also the patches: (B, N, d0 + 48)."""
+    images = torch.from_numpy(images).to(device)
+    seen = extract(pdn, images, grid)
+    return (torch.cat([seen, patches(images, grid)], -1) if pixels else seen).half()
+
+
+class Features:
+    """What the models see of n photos. seen (n, N, d0), or (n, N, d0 + 48) with patches, as `look`
+    gives it; mean and std (d0,) of the training photos standardise each channel."""
+
+    def __init__(self, seen: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, device):
+        self.seen, self.device = seen, device
+        self.mean, self.std = mean.to(device), std.to(device)
+
+    def h0(self, index: torch.Tensor) -> torch.Tensor:
+        """(B, N, d0) of the photos numbered by index."""
+        seen = self.seen[index.to(self.seen.device), :, :CHANNELS].to(self.device)
+        return (seen.float() - self.mean) / self.std
+
+    def pixels(self, index: torch.Tensor) -> torch.Tensor | None:
+        """(B, N, 48), or None where there are no patches."""
+        if self.seen.shape[-1] == CHANNELS:
+            return None
+        return self.seen[index.to(self.seen.device), :, CHANNELS:].to(self.device).float()
+
+
+def channel_statistics(seen: torch.Tensor, n: int, batch: int = 64):
+    """Mean and std (d0,) of each channel over the first n photos' tokens, summed in float64."""
+    total = square = count = 0
+    for index in torch.arange(n, device=seen.device).split(batch):
+        part = seen[index, :, :CHANNELS].double().flatten(0, 1)      # (B*N, d0)
+        total, square = total + part.sum(0), square + part.square().sum(0)
+        count += len(part)
+    mean = total / count
+    variance = (square / count - mean.square()).clamp(min=1e-12)
+    return mean.float(), variance.sqrt().float()
+
+
+# The cache: one file a set of photos
+
+def cached_features(paths: list[Path], size: int, key: str, compute, shape: tuple[int, int],
+                    cache: Path, progress=lambda done: None):
+    """-> features (n, N, d0) float16, and why photos could not be read, path -> message: their rows
+    are NaN. Computed once, then read from the folder `cache`.
+
+    compute: uint8 (16, size, size, 3) -> (16, N, d0); shape: (N, d0). The file is named by all the
+    photos' bytes, the size, the shape and `key`, which must change with the backbone's weights: so
+    nothing stale is served. It is mapped, not read: features may be larger than the memory.
+    """
+    about = repr((CACHE_FORMAT, key, size, shape)).encode()
+    name = hashlib.blake2b(about, digest_size=20)
+    for digest in data.ahead(lambda path: hashlib.blake2b(data.read(path)).digest(), paths):
+        name.update(b"unreadable" if isinstance(digest, InputError) else digest)
+    file, features = cache / f"{name.hexdigest()}.npy", None
+    with suppress(OSError, ValueError):            # there is none, or it is damaged
+        features = np.load(file, mmap_mode="c")    # "c": torch wants an array it may write to
+    if features is None or features.shape != (len(paths), *shape):
+        features = fill_cache(file, paths, size, compute, shape, progress)
+    reasons = {}
+    for i in np.flatnonzero(np.isnan(features[:, 0, 0])):
+        try:
+            data.load_image(paths[i], size)
+            reasons[paths[i]] = f"{paths[i]}: could not be read when its features were computed"
+        except InputError as error:
+            reasons[paths[i]] = str(error)
+    return features, reasons
+
+
+def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], progress):
+    """Computes the features and writes them as `file`, whole or not at all."""
+    part = file.with_name(f"{file.stem}.{os.getpid()}.part")
+    features, images, done = allocate(part, (len(paths), *shape)), data.load_images(paths, size), 0
+    try:
+        for batch in data.in_batches(enumerate(images), 16):
+            good = [(i, image) for i, image in batch if not isinstance(image, InputError)]
+            features[[i for i, _ in batch]] = np.nan
+            if good:
+                rows, stack = [i for i, _ in good], [image for _, image in good]
+                stack += stack[-1:] * (16 - len(stack))    # last bits may depend on the size
+                values = np.asarray(compute(np.stack(stack)))[:len(rows)].astype(np.float16)
+                if not np.isfinite(values).all():
+                    raise InputError(f"{paths[rows[0]]} or one soon after it: the backbone gives "
+                                     "features that are not finite or beyond float16's 65504; use "
+                                     "other weights")
+                features[rows] = values
+            done += len(batch)
+            progress(done)
+        if isinstance(features, np.memmap):
+            features.flush()
+            os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+    return features
+
+
+def allocate(part: Path, shape: tuple) -> np.ndarray:
+    """An empty float16 array in the file `part` or, where that cannot be, in memory."""
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        for left in part.parent.glob("*.part"):    # by processes that were killed
+            if time.time() - left.stat().st_mtime > 86_400:
+                left.unlink()
+        features = np.lib.format.open_memmap(part, "w+", np.float16, shape)
+        if hasattr(os, "posix_fallocate"):         # a mapped page without room kills the process
+            with open(part, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(part))
+        return features
+    except OSError as error:
+        print(f"warning: {part.parent}: features cannot be kept there ({error.strerror}); going on "
+              "without", file=sys.stderr)
+        with suppress(OSError):
+            part.unlink()
+        return np.empty(shape, np.float16)
+
+
+# A run's photos
+
+def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixels: bool, device,
+                  cache: Path):
+    """-> what `look` gives of the photos that can be read (n, N, d0 or d0 + 48), these photos, and
+    how many could not: each costs a warning. Raises InputError where a category has none left."""
+    key = hashlib.blake2b(digest_size=16)
+    for weight in pdn.state_dict().values():
+        key.update(weight.cpu().contiguous().numpy().tobytes())
+    pdn = pdn.to(device, memory_format=torch.channels_last)
+    shape = grid ** 2, CHANNELS + PATCH * pixels
+    seen, reasons = cached_features(
+        [photo.path for photo in photos], image_size, key.hexdigest(),
+        lambda images: look(pdn, images, grid, pixels, device).cpu().numpy(), shape, cache,
+        Progress("features", len(photos), "photos"))
+    seen = torch.from_numpy(seen)
+    if not reasons:
+        return seen, photos, 0
+    for reason in reasons.values():
+        print(f"warning: {reason}", file=sys.stderr)
+    good = [i for i, photo in enumerate(photos) if photo.path not in reasons]
+    left = [photos[i] for i in good]
+    for name in sorted({photo.category for photo in photos}):
+        splits = {photo.split for photo in left if photo.category == name}
+        if {"train", "validation"} - splits:
+            raise InputError(f"{name}: no training or no validation photo is left that can be "
+                             "read; see the warnings above")
+    return seen[good], left, len(reasons)
+
+
+def load_data_set(job: Job):
+    """Finds, checks and counts the photos of a run, and gets their features. -> photos, those for
+    training first; how many these are; `Features` of all; the PDN; how many photos could not be
+    read."""
+    cfg, root, device = job.cfg, job.root, job.device
+    pdn, description = load_pdn(cfg.pdn, job.seed)
+    photos = []
+    for name in job.names:
+        photos += data.find_photos(root, name, job.seed)
+    photos.sort(key=lambda photo: data.SPLITS.index(photo.split))
+    data.check_test_split(photos)
+    note = " (RENDERED, not photographs)" if job.config()["rendered"] else ""
+    print(f"data: {root}{note}\n{data.count_table(photos)}")
+    for warning in data.check_photos(photos, root):
+        print(f"warning: {data.printable(warning)}", file=sys.stderr)
+    print(f"backbone: {description}; device: {device}", flush=True)
+    with first_process_first():
+        seen, photos, bad = find_features(photos, pdn, cfg.image_size, cfg.grid,
+                                          cfg.target == "pixel", device, job.cache)
+    n = sum(photo.split == "train" for photo in photos)
+    if seen.nbytes < 2 ** 33:                        # more stays here, and travels batch by batch
+        seen = seen.to(device)
+    features = Features(seen, *channel_statistics(seen, n), device)
+    return photos, n, features, pdn, bad

@@ -1,0 +1,258 @@
+"""How well runs' anomaly maps find the defects' pixels: pixel AUROC, AUPRO and sPRO.
+
+    python bench/localise.py                        every run under runs/
+    python bench/localise.py RUN_OR_FOLDER ...      these only
+    python bench/localise.py RUN --maps DIR         writes each test photo's map as a TIFF instead,
+                                                    for MVTec's own evaluation scripts
+
+Reads each run's maps.npz and the data set's ground-truth masks.
+"""
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+from backbone import place  # noqa: E402
+from data import InputError  # noqa: E402
+
+MAPS = {"structural": "structural map", "logical": "logical map", "sum": "their sum"}
+SPRO_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
+SHOWN = ("pixel AUROC", "AUPRO", "sPRO 0.05")        # in the tables; all are in the JSON
+
+
+# The figures
+
+def components(mask) -> list[np.ndarray]:
+    """mask (H, W) bool -> each 8-connected region as a bool mask.
+
+    The mask is cut into runs, neighbouring pixels of a row; union-find joins those that touch.
+    """
+    padded = np.pad(mask, 1)                        # so that no run goes on in the next row
+    width, edges = padded.shape[1], np.diff(padded.ravel().astype(np.int8))
+    start, end = np.flatnonzero(edges == 1) + 1, np.flatnonzero(edges == -1) + 1
+    first = np.searchsorted(end, start - width)     # of the runs one row above that touch
+    last = np.searchsorted(start, end - width, "right")
+    parent = list(range(len(start)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for run in range(len(start)):
+        for above in range(first[run], last[run]):
+            parent[root(above)] = root(run)
+    regions = defaultdict(lambda: np.zeros(padded.shape, bool))
+    for run in range(len(start)):
+        regions[root(run)].ravel()[start[run]:end[run]] = True
+    return [region[1:-1, 1:-1] for region in regions.values()]
+
+
+def union(masks, shape) -> np.ndarray:
+    """masks: [(mask, saturation area)]."""
+    return np.logical_or.reduce([np.zeros(shape, bool), *(mask for mask, _ in masks)])
+
+
+def defect_scores(photos):
+    """The maps' values at all defects' pixels, (P,), and [(values, saturation area)] of the
+    ground-truth channels and of the connected regions of their union."""
+    pixels, channels, regions = [np.empty(0, np.float32)], [], []
+    for scores, masks in photos:
+        defect = union(masks, scores.shape)
+        pixels.append(scores[defect])
+        for mask, saturation in masks:
+            channels.append((scores[mask], saturation))
+        for region in components(defect):
+            regions.append((scores[region], region.sum()))
+    return np.concatenate(pixels), channels, regions
+
+
+def false_positive_rates(photos, values) -> np.ndarray:
+    """values (U,), distinct and sorted -> (2, U): the shares of the defect-free pixels that score
+    above each of them, and at least as high as each of them."""
+    counts = np.zeros((2, len(values) + 1), np.int64)
+    for scores, masks in photos:
+        normal = scores[~union(masks, scores.shape)]
+        for count, side in zip(counts, ("left", "right")):
+            count += np.bincount(np.searchsorted(values, normal, side), minlength=len(count))
+    total = counts[0].sum()
+    if not total:
+        raise InputError("localisation needs defect-free pixels")
+    return (total - counts.cumsum(1)[:, :-1]) / total
+
+
+def area(regions, values, above, reached, limit: float) -> float:
+    """Area under a curve up to a false positive rate, divided by that rate.
+
+    The curve is the mean over the regions of min(n / saturation area, 1), with n of a region's
+    pixels above the threshold; every value is a threshold. So it is a sum of ramps, one a value,
+    each from the rate `above` the value to the one `reached` with it.
+    """
+    height = np.zeros(len(values))                  # of each value's ramp
+    for scores, saturation in regions:
+        at, count = np.unique(np.searchsorted(values, scores), return_counts=True)
+        overlap = np.minimum(np.cumsum(count[::-1]) / saturation, 1)   # from the highest score down
+        height[at[::-1]] += np.diff(overlap, prepend=0) / len(regions)
+    whole = limit - (above + reached) / 2           # under a ramp that ends before the limit
+    cut = np.maximum(limit - above, 0) ** 2 / (2 * np.maximum(reached - above, 1e-300))
+    return float(height @ np.where(reached <= limit, whole, cut) / limit)
+
+
+def localisation(photos) -> dict[str, float]:
+    """Pixel AUROC; AUPRO, the mean overlap of the masks' connected regions, up to a false positive
+    rate of 0.3 (MVTec AD); sPRO, the mean saturated overlap of the ground-truth channels, up to
+    each of SPRO_LIMITS (MVTec LOCO). A pixel is predicted where its score is above the threshold.
+
+    photos() -> iterator over (map (H, W), [(mask (H, W) bool, saturation area in pixels)]). It is
+    called twice, so that memory is bounded by the defects' pixels and one photo.
+    """
+    pixels, channels, regions = defect_scores(photos())
+    if not len(pixels):
+        raise InputError("localisation needs photos with ground-truth masks")
+    values = np.unique(pixels)
+    rates = false_positive_rates(photos(), values)
+    figures = {"pixel AUROC": area([(pixels, len(pixels))], values, *rates, 1.0),
+               "AUPRO": area(regions, values, *rates, 0.3)}
+    for limit in SPRO_LIMITS:
+        figures[f"sPRO {limit:g}"] = area(channels, values, *rates, limit)
+    return figures
+
+
+# Runs
+
+def tested_photos(scored: evaluation.ScoredRun, category: str):
+    """-> the data set's folder, the category's test photos that were scored, path -> its maps."""
+    root = Path(scored.config.get("root", ""))
+    if not scored.config.get("root") or not (root / category).is_dir():
+        raise InputError(f"{scored.folder}: its photos are no longer at {root / category}")
+    maps = {root / path: value for path, value in evaluation.read_maps(scored).items()}
+    photos = [photo for photo in data.find_photos(root, category, scored.config["seed"])
+              if photo.split == "test" and photo.path in maps]
+    expected = int(((scored.category == category) & scored.test).sum())
+    if len(photos) < expected:
+        raise InputError(f"{scored.folder}: {expected - len(photos)} of the {expected} test photos "
+                         f"it scored are no longer in {root / category}; put them back")
+    return root, photos, maps
+
+
+def maps_and_masks(photos, defects, maps, name: str, image_size: int):
+    """Yields the map of this name and the masks of each photo, as `localisation` takes them."""
+    for photo in photos:
+        shape = data.open_image(photo.path).size[::-1]          # height, width
+        masks = data.load_regions(photo, defects)
+        for mask, _ in masks:
+            if mask.shape != shape:
+                raise InputError(f"{photo.masks[0]}: {mask.shape[1]} x {mask.shape[0]} pixels, its "
+                                 f"photo {shape[1]} x {shape[0]}; they must have the same size")
+        yield place(maps[photo.path][name], image_size, *shape), masks
+
+
+def localise(scored: evaluation.ScoredRun, category: str) -> dict:
+    """-> {(map, kind): `localisation`} over the test photos of each kind and the good ones. Defects
+    with other names than LOCO's are one kind."""
+    root, photos, maps = tested_photos(scored, category)
+    defects, size = data.load_defects(root, category), scored.config["image_size"]
+    if any(photo.label and not photo.masks for photo in photos):
+        raise InputError(f"{scored.folder}: {category} has anomalies without ground-truth masks")
+    figures, groups = {}, evaluation.anomaly_groups([photo.kind for photo in photos])
+    for kind in [evaluation.ANY] if evaluation.ANY in groups else groups:
+        shown = [photo for photo in photos if photo.kind in ("good", *groups[kind])]
+        for name in MAPS:
+            figures[name, kind] = localisation(
+                lambda: maps_and_masks(shown, defects, maps, name, size))
+    return figures
+
+
+def localise_runs(records: list[dict]) -> tuple[list[dict], list[str]]:
+    """eval.py's records -> a record a map and kind of each, a line on each that has no figures."""
+    found, problems = [], []
+    keys = ("run", "data", "rendered", "category", "seed", *evaluation.GROUP)
+    for record in records:
+        try:
+            scored = evaluation.read_run(Path(record["run"]))
+            figures = localise(scored, record["category"])
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        about = {key: record[key] for key in keys}
+        for (name, kind), values in figures.items():
+            found.append(about | {"map": MAPS[name], "kind": kind, "figures": values})
+    return found, problems
+
+
+def localisation_tables(found: list[dict]) -> list[tuple]:
+    """A table a data set, a row a category, map and kind; mean and std over seeds."""
+    tables, keys = [], ("category", *evaluation.GROUP, "map", "kind")
+    header = ["category", *evaluation.GROUP, "seeds", "kind", "map", "pixel AUROC",
+              "AUPRO to 30 % FPR", "sPRO to 5 % FPR"]
+    for members in evaluation.grouped(found, "data", "rendered").values():
+        rows = []
+        for (*about, name, kind), same in evaluation.grouped(members, *keys).items():
+            cells = [evaluation.spread(same, "figures", figure) for figure in SHOWN]
+            rows.append([*about, str(len(same)), kind, name, *cells])
+        tables.append((f"{evaluation.data_title(members[0])}: localisation %", header, rows))
+    return tables
+
+
+def write_maps(scored: evaluation.ScoredRun, folder: Path) -> int:
+    """folder/CATEGORY/test/KIND/NAME.tiff, float32, at the photo's size."""
+    for category in sorted(set(scored.category.tolist())):
+        root, photos, maps = tested_photos(scored, category)
+        if folder.resolve() == root.resolve():
+            raise InputError(f"--maps {folder}: holds the photos themselves; name another folder")
+        for photo in photos:
+            height, width = data.open_image(photo.path).size[::-1]
+            heat = place(maps[photo.path]["sum"], scored.config["image_size"], height, width)
+            file = folder / category / "test" / photo.kind / f"{photo.path.stem}.tiff"
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(heat).save(file)
+            except OSError as error:
+                raise InputError(f"--maps {folder}: cannot be written ({error.strerror}); "
+                                 "name another folder") from None
+    return 0
+
+
+# Command line
+
+def parse(argv):
+    parser = data.Parser(prog="bench/localise.py", description="Pixel AUROC, AUPRO and sPRO of "
+                         "trained runs, against the ground-truth masks; some seconds a run.")
+    evaluation.add_runs(parser)
+    parser.add_argument("--json", type=Path, help="default: localise.json in the folder of runs")
+    parser.add_argument("--maps", type=Path, metavar="DIR",
+                        help="write each test photo's anomaly map of one run there instead")
+    return parser.parse_args(argv)
+
+
+def print_tables(args) -> int:
+    folders = evaluation.chosen_runs(args)
+    if args.maps:
+        if len(folders) > 1:
+            raise InputError(f"--maps {args.maps}: takes one run of these {len(folders)}; name it")
+        return write_maps(evaluation.read_run(folders[0]), args.maps)
+    records, problems = evaluation.evaluate_runs(folders)
+    records, repeats = evaluation.tell_apart(records)
+    found, failed = localise_runs(records)
+    problems, tables = problems + repeats + failed, localisation_tables(found)
+    evaluation.write_json(args.json or args.runs / "localise.json", {
+        "problems": problems, "records": found,
+        "tables": [dict(zip(("title", "header", "rows"), table)) for table in tables]})
+    return evaluation.show(tables, problems)
+
+
+def main(argv=None) -> int:
+    return data.run_command(lambda: print_tables(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")    # a terminal that has no "±" still gets its table
+    sys.exit(main())

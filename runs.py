@@ -1,0 +1,561 @@
+"""Run folders: their settings, what a training keeps on disk, how it goes on; several processes.
+
+A run folder holds config.json (the settings), checkpoint.pt (written once a minute), metrics.jsonl
+(a line an epoch) and, at the end, scores.csv and maps.npz. `lock` keeps a second training out.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import RENDERED_MARK, InputError, Parser, write_whole
+
+try:
+    import fcntl
+except ImportError:                      # Windows: two trainings in one folder are not kept apart
+    fcntl = None
+
+FORMAT = 2                               # of checkpoint.pt
+NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two sittings of a run
+# What only the scores depend on, and what the ViT depends on, too: a run may take over the rest.
+SCORE_SETTINGS = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
+VIT_SETTINGS = {"mim_width", "mim_blocks", "mim_heads", "mim_dropout", "mim_epochs", "mim_warmup",
+                "mim_batch", "mim_lr", "mim_last_lr", "mim_weight_decay", "mim_clip", "mask",
+                "train_ratio", "train_block", "target"}
+
+
+# Settings and options
+
+@dataclass
+class Job:
+    """One run that is asked for. cfg: the settings, ladmim.Config."""
+    cfg: object
+    preset: str
+    root: Path                         # the folder that holds the category folders
+    names: list[str]                   # categories; several are one model
+    device: torch.device
+    seed: int = 0
+    category: str = ""                 # how the run is called: "all", or by default the names
+    out: Path | None = None            # default: runs/DATA/CATEGORY-PRESET-seedN
+    cache: Path = Path("cache")        # of features
+    take: Path | None = None           # a run whose models are taken over
+
+    def __post_init__(self):
+        self.category = self.category or ",".join(self.names)
+        name = f"{self.category}-{self.preset}-seed{self.seed}"
+        self.out = self.out or Path("runs") / self.root.resolve().name / name
+
+    def config(self) -> dict:
+        """What config.json holds."""
+        rendered = any((self.root / name / RENDERED_MARK).exists() for name in self.names)
+        return {"data": self.root.resolve().name, "root": str(self.root.resolve()),
+                "rendered": rendered, "category": self.category, "preset": self.preset,
+                "seed": self.seed, "commit": git_commit(), "device": self.device.type,
+                "torch": str(torch.__version__), **dataclasses.asdict(self.cfg)}
+
+
+def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> list[Job]:
+    """A run for each seed, with --separate for each category, too."""
+    groups = [[name] for name in names] if args.separate else [names]
+    jobs = []
+    for group in groups:
+        for seed in args.seeds:
+            called = "all" if args.category == "all" and not args.separate else ""
+            jobs.append(Job(cfg, preset, root, group, device, seed, called, args.out, args.cache,
+                            args.take))
+    if args.out and len(jobs) > 1:
+        raise InputError(f"--out {args.out}: is the folder of one run, and {len(jobs)} are asked "
+                         "for; leave it out")
+    return jobs
+
+
+def parse(argv, config_class, presets: dict, options: dict) -> argparse.Namespace:
+    """The command line of ladmim.py. Each field of config_class is an option of `train`; options:
+    the values that some of them are one of."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["distill"]:
+        raise InputError("distill is now a command of its own: python weights/distill.py")
+    parser = Parser(prog="ladmim.py",
+                    description="Logical anomaly detection with masked image modeling.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("train", help="train both detectors on good photos, score validation "
+                                          "and test photos")
+    p.add_argument("--category", required=True,
+                   help="a category's folder name, a comma list or all: one model for all of them")
+    p.add_argument("--separate", action="store_true", help="a run for each of these instead")
+    p.add_argument("--data", help="the folder that holds the category folders (default: data/"
+                   "mvtec_loco_anomaly_detection, or the rendered twin where there is none)")
+    p.add_argument("--preset", choices=presets, help="default: fast with a GPU, tiny without")
+    p.add_argument("--seed", "--seeds", dest="seeds", type=seed_list, default=[0], metavar="SEED",
+                   help="a number, or several as in 0-4 or 0,3,7: a run for each, one after the "
+                   "other; what is trained is not trained again. A scheduler (xargs -P, a SLURM "
+                   "array) can start each with its own --category and --seed")
+    p.add_argument("--out", type=Path,
+                   help="run folder (default: runs/DATA/CATEGORY-PRESET-seedN)")
+    p.add_argument("--take", type=Path, metavar="RUN",
+                   help="take over what this finished run has learned, as far as settings agree")
+    p.add_argument("--cache", type=Path, default=Path("cache"),
+                   help="folder of cached features (default: cache)")
+    settings = p.add_argument_group("settings (default: the preset's)")
+    for field in dataclasses.fields(config_class):
+        settings.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default),
+                              choices=options.get(field.name))
+
+    p = commands.add_parser("predict", help="score photos with a trained run")
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    p.add_argument("--run", type=Path, required=True, help="run folder")
+    p.add_argument("--category", help="where the run knows several")
+    p.add_argument("--heatmap", type=Path, metavar="DIR", help="draw photos and heat maps there")
+    p.add_argument("--json", action="store_true", help="one JSON object a line")
+    for p in commands.choices.values():
+        p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    return parser.parse_args(argv)
+
+
+def seed_list(text: str) -> list[int]:
+    """ "3", "0-4" or "0,3,7" -> the seeds."""
+    seeds = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        last = last or first
+        if not (first.isdecimal() and last.isdecimal() and len(last) < 19
+                and int(first) <= int(last) < int(first) + 1000):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a seed (0 or more), a range as in "
+                                             "0-4 or a list as in 0,3,7")
+        seeds += range(int(first), int(last) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def chosen_settings(args, config_class) -> dict:
+    """The settings that were typed."""
+    typed = {field.name: getattr(args, field.name) for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in typed.items() if value is not None}
+
+
+def check_settings(cfg, options: dict, side: int):
+    """Raises InputError for a setting that cannot work, naming its option. side: positions of the
+    backbone's output at this image size."""
+    def refuse(name: str, why: str):
+        raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
+
+    for name, value in dataclasses.asdict(cfg).items():
+        if name in options and value not in options[name]:
+            refuse(name, f"must be one of {', '.join(options[name])}")
+        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
+            refuse(name, "must be a number from 0 up")
+        if isinstance(value, int) and value < ("epochs" not in name and name != "mim_warmup"):
+            refuse(name, "too small")
+    for name in ("train_ratio", "train_block", "score_ratio", "score_block"):
+        value = getattr(cfg, name)
+        if not 0 < value <= 1 or name.endswith("ratio") and not round(value * cfg.grid ** 2):
+            refuse(name, f"a share of the {cfg.grid ** 2} tokens, above 0 and at most 1, that a "
+                   "mask hides; at least one token")
+    for name in ("ema_decay", "hvq_dropout", "mim_dropout"):
+        if getattr(cfg, name) >= 1:
+            refuse(name, "must be below 1")
+    for model in ("hvq", "mim"):
+        if getattr(cfg, f"{model}_width") % getattr(cfg, f"{model}_heads"):
+            refuse(f"{model}_heads", f"must divide --{model}-width")
+    if cfg.codes > 2 ** 15:
+        refuse("codes", f"at most {2 ** 15}")
+    if side < 1 or side % cfg.grid:
+        refuse("grid", f"must divide the backbone's {max(side, 0)} positions a side at "
+               f"--image-size {cfg.image_size}")
+    if cfg.mim_score == "whitened" and cfg.target != "histogram":
+        refuse("mim_score", f"--target {cfg.target} has no histograms to measure; add --mim-score "
+               "mean")
+    if cfg.mask == "checkerboard" and cfg.grid % 12:
+        refuse("grid", "--mask checkerboard needs a multiple of 12")
+
+
+# Machine
+
+def pick_device(name: str | None) -> torch.device:
+    """name: "cpu", "cuda" or None, which takes a GPU where there is one."""
+    if name in (None, "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if name == "cuda":
+        raise InputError("--device cuda: this machine has no CUDA GPU that torch can use; leave "
+                         "the option out for the CPU")
+    return torch.device("cpu")
+
+
+def git_commit() -> str:
+    """The commit of this code, "-dirty" behind it where the files differ, "" outside git."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:                      # no git on this machine
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def seeded(*key) -> torch.Generator:
+    """A generator that depends on its key alone. No randomness is carried from one epoch to the
+    next, so a resumed run needs only the epoch's number to go on exactly."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def in_precision(precision: str, device: torch.device):
+    """Inside, products are computed in bfloat16 where precision is "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# Several processes: torchrun --nproc-per-node N ladmim.py train ...
+#
+# Every process holds the whole model and all features, draws the same randomness, and takes its
+# share of each batch. What they learn is added up, gradients and code counts alike, so that all of
+# them take the same step. Process 0 alone writes and prints. DistributedDataParallel would average
+# gradients, which is wrong where shares are uneven, and knows nothing of code counts.
+
+def processes() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def share(batch: torch.Tensor) -> torch.Tensor:
+    """This process's part of a batch: even parts but for one element, empty where there are fewer
+    elements than processes."""
+    rank, size = processes()
+    return batch.tensor_split(size)[rank]
+
+
+@torch.no_grad()
+def add_up(tensors: list[torch.Tensor]):
+    """Replaces each float tensor by its sum over the processes, all of them in one message."""
+    if processes()[1] == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(total.view_as(tensor))
+
+
+def sum_gradients(weights: list[torch.nn.Parameter]):
+    """Adds up the processes' gradients. One that had no photos of the batch adds zeros."""
+    if processes()[1] == 1:
+        return
+    for weight in weights:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    add_up([weight.grad for weight in weights])
+
+
+def as_first(value):
+    """What process 0 has for `value`, in all of them."""
+    held = [value]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(held, 0)
+    return held[0]
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """What is inside is done by process 0 before the others: they find its files."""
+    rank, size = processes()
+    if rank:
+        dist.barrier()
+    yield
+    if size > 1 and not rank:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def joined(device: torch.device):
+    """Inside, the processes that torchrun started know each other; all but the first are mute."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set, but not LOCAL_RANK: start several processes with "
+                         "torchrun, or unset it")
+    local = int(os.environ["LOCAL_RANK"])
+    if device.type == "cuda":
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} "
+                             "GPUs; start at most as many")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    with contextlib.ExitStack() as muted:
+        if dist.get_rank():
+            nowhere = muted.enter_context(open(os.devnull, "w"))
+            muted.enter_context(contextlib.redirect_stdout(nowhere))
+            muted.enter_context(contextlib.redirect_stderr(nowhere))
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+# Files of tensors
+
+def load_file(path: Path, name: str):
+    """torch.load of tensors and plain values only. name: how an error calls the file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from None
+    except Exception:                    # torch.load raises another class for each kind of damage
+        raise InputError(f"{name}: not a file of PyTorch weights, or truncated") from None
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What checkpoint.pt holds. A foreign, damaged or newer file is an InputError."""
+    state = load_file(path, str(path))
+    if not isinstance(state, dict) or "format" not in state:
+        raise InputError(f"{path}: not a checkpoint of ladmim.py")
+    whole = False
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
+        whole = file.testzip() is None   # torch writes checksums and reads none
+    if not whole:
+        raise InputError(f"{path}: damaged, its checksums do not match; train the run again or "
+                         "restore the file")
+    if state["format"] != FORMAT:
+        raise InputError(f"{path}: format {state['format']}, this version reads {FORMAT}; use the "
+                         "version that wrote it")
+    return state
+
+
+def load_finished(folder: Path, option: str = "--run") -> dict:
+    """The checkpoint of a run whose training is finished."""
+    if not (folder / "checkpoint.pt").exists():
+        raise InputError(f"{option} {folder}: holds no checkpoint.pt; train one with `python "
+                         "ladmim.py train`")
+    state = load_checkpoint(folder / "checkpoint.pt")
+    if state["stage"] != "done":
+        raise InputError(f"{option} {folder}: its training is not finished; run the same train "
+                         "command again, it goes on")
+    return state
+
+
+def save_tensors(path: Path, state: dict):
+    """Writes what load_file reads, whole or not at all."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(path, content.getbuffer())
+
+
+# A run
+
+class Progress:
+    """One line that says how far the work is, how fast, and how long it will take: rewritten in
+    place on a terminal, a new line every ten seconds elsewhere."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0):
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, done: int, note: str = ""):
+        now, tty = time.monotonic(), sys.stderr.isatty()
+        if done < self.total and now - self.shown < (0.2 if tty else 10):
+            return
+        self.shown, rate = now, (done - self.done) / max(now - self.start, 1e-9)
+        line = (f"{self.label}: {done}/{self.total} {self.unit}, {rate:.3g}/s, "
+                f"{(self.total - done) / max(rate, 1e-9):.0f} s left{note and ', ' + note}")
+        end = "" if tty and done < self.total else "\n"
+        print(f"\r{line[:118]:<118}" if tty else line, end=end, file=sys.stderr, flush=True)
+
+
+def lock(folder: Path):
+    """Makes the folder and holds it for this process. The system lets go when the process ends,
+    however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is training in it; wait until it ends or "
+                         "choose another --out") from None
+    except OSError:                      # a file system without locks, as some network drives are
+        pass
+    return file
+
+
+class Run:
+    """A run's folder, and `state`, what its checkpoint holds. The stages are "" (nothing is
+    trained), "hvq" and "mim" (in training; `epoch` of it are done) and "done" (trained and scored).
+    "hvq taken" and "taken whole": HVQ-Trans or both models came from another run."""
+
+    FINISHED = {"hvq": ("hvq taken", "taken whole", "mim", "done"), "mim": ("taken whole", "done")}
+
+    def __init__(self, job: Job, defaults: dict, save_every: float = 60.0):
+        """A folder that holds a run is gone on with if its settings agree. defaults: values of
+        settings that came after it was begun. save_every: seconds."""
+        folder, config = job.out, job.config()
+        self.folder, self.seed, self.save_every = folder, job.seed, save_every
+        self.saved, self.asked_to_stop = time.monotonic(), False
+        self.writes = processes()[0] == 0
+        self.lock = lock(folder) if self.writes else None
+        self.state = {"format": FORMAT, "config": config, "stage": "", "epoch": 0, "metrics": []}
+        begun = (folder / "checkpoint.pt").exists()
+        if begun:
+            self.state = load_checkpoint(folder / "checkpoint.pt")
+            held = defaults | self.state["config"]
+            for name, value in config.items():
+                if name not in NOT_SETTINGS and held.get(name) != value:
+                    raise InputError(f"{folder}: holds a run with {name} = {held.get(name)}, asked "
+                                     f"for {value}; choose another --out or delete the folder")
+        if self.writes and not (begun and (folder / "config.json").exists()):
+            text = json.dumps(self.state["config"], indent=1) + "\n"
+            write_whole(folder / "config.json", text.encode())
+        self.write_metrics()
+
+    def save(self, **news):
+        """Updates the state and writes it as checkpoint.pt."""
+        self.state.update(news)
+        if self.writes:
+            save_tensors(self.folder / "checkpoint.pt", self.state)
+            self.saved = time.monotonic()
+
+    def write_metrics(self):
+        if self.writes:
+            lines = "".join(json.dumps(line) + "\n" for line in self.state["metrics"])
+            write_whole(self.folder / "metrics.jsonl", lines.encode())
+
+    def log(self, **line):
+        self.state["metrics"].append(line)
+        self.write_metrics()
+
+    def hold(self, **fixed):
+        """Puts the backbone and the moments of its features into the state. A run that has them
+        already goes on only with the same moments."""
+        for name in ("mean", "std"):
+            held = self.state.get(name)
+            if held is not None and not torch.equal(held, fixed[name]):
+                raise InputError(f"{self.folder}: the training photos or the backbone changed "
+                                 "since this run began, or another version held out other photos "
+                                 "for validation; choose another --out or delete the folder")
+        self.state.update(fixed)
+
+    def take_over(self, source: Path, defaults: dict):
+        """Starts this run with what a finished one has learned, as far as their settings agree:
+        HVQ-Trans, or both models."""
+        state, mine = load_finished(source, "--take"), self.state["config"]
+        held = defaults | state["config"]
+        differ = {name for name in defaults if held[name] != mine[name]}
+        why = ", ".join(sorted(differ - SCORE_SETTINGS - VIT_SETTINGS))
+        if held["seed"] != self.seed:
+            why = why or "its seed"
+        if not all(torch.equal(state[name], self.state[name]) for name in ("mean", "std")):
+            why = why or "its photos or backbone"
+        if why:
+            raise InputError(f"--take {source}: differs from this run in {why}; leave the option "
+                             "out")
+        stages = ("hvq",) if differ - SCORE_SETTINGS else ("hvq", "mim")
+        self.state.update({stage: state[stage] for stage in stages},
+                          stage="taken whole" if len(stages) == 2 else "hvq taken",
+                          metrics=[one for one in state["metrics"] if one["stage"] in stages])
+        self.write_metrics()
+
+    def has_trained(self, stage: str, model) -> bool:
+        """Whether this stage was trained before; the model is then as it was at its end."""
+        if self.state["stage"] not in self.FINISHED[stage]:
+            return False
+        model.load_state_dict(self.state[stage])
+        model.eval().requires_grad_(False)
+        return True
+
+    def resume(self, stage: str, epochs: int, model, optimizer) -> int:
+        """The epoch to begin with. Where a stopped run goes on, model and optimiser are as they
+        were after the last one that was saved."""
+        first = 0
+        if self.state["stage"] == stage:
+            model.load_state_dict(self.state[stage])
+            optimizer.load_state_dict(self.state["optimizer"])
+            first = self.state["epoch"]
+        self.progress = Progress(f"{stage} training", epochs, "epochs", first)
+        return first
+
+    def begin_epoch(self, stage: str, epoch: int, model) -> torch.Generator:
+        """-> this epoch's randomness. Dropout draws other numbers in each process."""
+        generator = seeded(self.seed, stage, epoch)
+        torch.manual_seed(generator.initial_seed() + processes()[0])
+        if processes()[1] > 1:           # the models are equal but for what GPUs round at random
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
+        model.train()
+        self.began = time.monotonic()
+        return generator
+
+    def mean_loss(self, stage: str, epoch: int, total: torch.Tensor, n: int) -> float:
+        """total: this process's sum of the losses of its photos, of n in all. Here an epoch waits
+        for the GPU; no step does."""
+        stop = torch.full_like(total, self.asked_to_stop)
+        add_up([total, stop])            # one process that is asked to stop stops all
+        self.stopping, mean = bool(stop), float(total) / n
+        if not math.isfinite(mean):
+            raise InputError(f"{stage} training: the loss is {mean} in epoch {epoch + 1}; the last "
+                             f"good checkpoint is kept; try a smaller --{stage}-lr")
+        return mean
+
+    def end_epoch(self, stage: str, done: int, loss: float, model, optimizer, **more):
+        """Logs the epoch, and saves once a minute, at the end, and where Ctrl-C asked for it.
+        done: epochs of this stage that are done; more: what else to log."""
+        seconds = round(time.monotonic() - self.began, 3)
+        self.log(stage=stage, epoch=done, loss=round(loss, 6), seconds=seconds, **more)
+        self.progress(done, f"loss {loss:.4f}")
+        late = time.monotonic() - self.saved > self.save_every
+        if late or done == self.progress.total or self.stopping:
+            self.save_stage(stage, done, model, optimizer)
+        if self.stopping:
+            raise KeyboardInterrupt
+
+    def save_stage(self, stage: str, epoch: int, model, optimizer):
+        self.save(**{"stage": stage, "epoch": epoch, stage: model.state_dict(),
+                     "optimizer": optimizer.state_dict()})
+
+    def codebooks(self) -> str:
+        """The last epoch's codes in use, as a line."""
+        levels = []
+        for line in [line for line in self.state["metrics"] if line["stage"] == "hvq"][-1:]:
+            for level, used in enumerate(line["codes_used"], 1):
+                levels.append(f"level {level}: {used} codes in use, perplexity "
+                              f"{line['perplexity'][level - 1]}")
+        return f"codebooks: {'; '.join(levels) or 'not trained'}"
+
+    def finish(self, stage: str, model, optimizer):
+        """-> the trained model, frozen."""
+        if self.state["stage"] != stage:             # no epoch was asked for, so none has saved
+            self.save_stage(stage, 0, model, optimizer)
+        return model.eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def stoppable(self):
+        """Inside, the first Ctrl-C only asks: the training stops after its epoch, where nothing is
+        lost. The second one stops at once."""
+        def interrupted(number, frame):
+            if self.asked_to_stop:
+                raise KeyboardInterrupt
+            self.asked_to_stop = True
+            print("\nstopping after this epoch; Ctrl-C again stops at once", file=sys.stderr,
+                  flush=True)
+
+        self.asked_to_stop = False
+        before = signal.signal(signal.SIGINT, interrupted)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""The rendered twin of MVTec LOCO: five categories, drawn. Start with render.py."""

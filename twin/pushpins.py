@@ -1,0 +1,116 @@
+"""pushpins: a clear box of 3 x 5 compartments with exactly one yellow pin in each, at any angle."""
+from functools import partial
+
+import numpy as np
+
+from twin.drawing import (background, box, common, ellipse, minus, polygon, stamp, stroke, turned,
+                          union)
+
+# Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
+LOGICAL = {"missing_pushpin": 260, "additional_pushpin": 260, "moved_pushpin": 260,
+           "two_missing_pushpins": 260, "two_additional_pushpins": 260, "missing_divider": 0.5}
+STRUCTURAL = ("bent_pushpin", "broken_pushpin", "missing_needle", "wrong_colour", "foreign_body")
+
+# One number for each compartment that a fault hits: by how many its pins differ.
+PINS_OFF = {"missing_pushpin": [-1], "additional_pushpin": [1], "moved_pushpin": [-1, 1],
+            "two_missing_pushpins": [-1, -1], "two_additional_pushpins": [1, 1]}
+COLUMNS = (0.025, 0.21, 0.40, 0.59, 0.78, 0.97)          # where the walls stand
+ROWS = (0.06, 0.36, 0.655, 0.95)
+SQUEEZE = 0.59                                           # LOCO's photo: height / width
+HALF = np.array([                                        # of a pin: (along, across)
+    (-0.064, 0.036), (-0.05, 0.038), (-0.042, 0.020), (0.022, 0.016), (0.03, 0.036),
+    (0.04, 0.042), (0.05, 0.034), (0.056, 0.012)])
+PIN = np.concatenate([HALF, HALF[::-1] * (1, -1)])
+NEEDLE = np.array([(0.05, 0), (0.10, 0), (0.155, 0)])
+NO_YELLOW = [(0.75, 0.10, 0.08), (0.12, 0.50, 0.20), (0.15, 0.25, 0.70), (0.80, 0.80, 0.78)]
+
+
+def pushpin(scene, low, high, taken, fault):
+    """One pin at any angle between the corners low and high, clear of the centres `taken`.
+    Returns its body's shape."""
+    rng = scene.rng
+    body, angle = PIN * rng.normal(1, 0.03), rng.uniform(0, 360)
+    colour = np.array((0.98, 0.66, 0.04)) * rng.normal(1, 0.04)
+    reach = turned(np.concatenate([body, NEEDLE]), angle, squeeze=SQUEEZE)
+    spots = rng.uniform(low + 0.012 - reach.min(0), high - 0.012 - reach.max(0), (20, 2))
+
+    def room(spot):
+        return min((np.linalg.norm((spot - t) / (SQUEEZE, 1)) for t in taken), default=0)
+
+    spot = max(spots, key=room)
+    taken.append(spot)
+    put = partial(turned, angle=angle, centre=spot, squeeze=SQUEEZE)
+    shape, needle = polygon(scene, put(body)), NEEDLE.copy()
+    if fault == "wrong_colour":
+        colour = np.array(NO_YELLOW[rng.integers(4)])
+        scene.regions.append(shape)
+    if fault == "bent_pushpin":
+        bend = rng.choice((-1, 1)) * rng.uniform(50, 110)
+        needle[2] = needle[1] + turned([(0.055, 0)], bend)[0]
+    if fault in ("bent_pushpin", "missing_needle"):
+        scene.regions.append(stroke(scene, 0.03, put(needle)))
+    if fault == "broken_pushpin":    # the head has snapped off
+        cut = rng.uniform(-0.03, 0.02)
+        head = [(cut, -0.06), (cut + 0.015, 0), (cut, 0.06), (-0.1, 0.06), (-0.1, -0.06)]
+        scene.regions.append(common(shape, polygon(scene, put(head))))
+        shape = minus(shape, scene.regions[-1])
+    if fault != "missing_needle":
+        stamp(scene, stroke(scene, 0.0065, put(needle)), (0.50, 0.46, 0.42), grain=0.15)
+    stamp(scene, shape, colour, bulge=0.45, gloss=0.25)
+    flanges = [put([(x, -0.036), (x, 0.036)]) for x in (-0.057, 0.043)]
+    flanges = common(stroke(scene, 0.009, *flanges, caps=False), shape)
+    stamp(scene, flanges, colour * 1.12, alpha=0.8)      # they catch the light
+    return shape
+
+
+def clear_box(scene, fault):
+    """The empty box with its clip, rims and walls."""
+    rng, grey, walls = scene.rng, (0.62, 0.59, 0.57), []
+    for x in COLUMNS[1:-1]:
+        walls += [[(x, top), (x, bottom)] for top, bottom in zip(ROWS, ROWS[1:])]
+    for y in ROWS[1:-1]:
+        walls += [[(left, y), (right, y)] for left, right in zip(COLUMNS, COLUMNS[1:])]
+    walls = [np.array(wall) + rng.normal(0, 0.0015, (2, 2)) for wall in walls]
+    joints = [wall[0] + [(0, -0.012), (0, 0.012)] for wall in walls if wall[0].min() > 0.1]
+    if fault == "missing_divider":
+        scene.regions.append(stroke(scene, 0.02, walls.pop(rng.integers(len(walls)))))
+    clip = [(0.39, 0.05), (0.4, 0.012), (0.42, 0.03), (0.57, 0.03), (0.59, 0.012), (0.6, 0.05)]
+    stamp(scene, polygon(scene, clip), grey, grain=0.2, alpha=0.3)
+    catch = box(scene, (0.495, 0.033), 0.08, 0.034, radius=0.008)
+    stamp(scene, catch, (0.3, 0.32, 0.36), bulge=0.6, alpha=0.8)
+    hinge = stroke(scene, 0.014, [(0.1, 0.982), (0.9, 0.982)])
+    stamp(scene, hinge, grey, grain=0.15, scale=25, alpha=0.3)
+    frames = [box(scene, (0.4975, 0.505), 0.945 + w, 0.89 + w, radius=0.045 + w / 2)
+              for w in (0.022, 0.014, -0.012, -0.02)]
+    stamp(scene, minus(frames[0], frames[3]), grey, grain=0, alpha=0.22)
+    rims = union(minus(frames[0], frames[1]), minus(frames[2], frames[3]))
+    rims_and_walls = union(rims, stroke(scene, 0.0095, *walls, caps=False))
+    stamp(scene, rims_and_walls, grey, grain=0.2, scale=20, alpha=0.6)
+    stamp(scene, stroke(scene, 0.02, *joints, caps=False), grey, alpha=0.6)
+
+
+def paint(scene, fault=None):
+    """Draws the box: a good one, or one with a fault of LOGICAL or STRUCTURAL."""
+    rng = scene.rng
+    scene.aim(0.008, 0.6, 0.012)
+    background(scene, (0.045, 0.045, 0.055), grain=0.06, blotch=0.2)
+    clear_box(scene, fault)
+    count, order = np.ones(15, int), rng.permutation(15)     # a fault hits the first of `order`
+    for cell, off in zip(order, PINS_OFF.get(fault, [])):
+        count[cell] += off
+    for cell in range(15):
+        row, column = divmod(cell, 5)
+        low = np.array((COLUMNS[column], ROWS[row]))
+        high = np.array((COLUMNS[column + 1], ROWS[row + 1]))
+        taken, here = [], fault if cell == order[0] else None
+        pins = [pushpin(scene, low, high, taken, here) for _ in range(count[cell])]
+        if not pins:
+            scene.regions.append(box(scene, (low + high) / 2, 0.175, 0.28))
+        if len(pins) > 1:
+            scene.regions.append(union(*pins))
+        if here == "foreign_body":
+            spot = (low + high) / 2 + rng.uniform(-0.05, 0.05, 2)
+            body = ellipse(scene, spot, *rng.uniform(0.02, 0.045, 2), wobble=0.25)
+            colour = rng.uniform(0.25, 0.75, 3) * (0.8, 0.8, 1)
+            scene.regions.append(body)
+            stamp(scene, body, colour, grain=0.2, bulge=0.5)

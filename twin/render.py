@@ -1,0 +1,195 @@
+"""Writes the rendered twin of MVTec LOCO as files, in exactly its layout.
+
+    python twin/render.py --out DIR [--category all|NAME,NAME] [--train N ...] [--size] [--seed]
+"""
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from twin import breakfast_box, juice_bottle, pushpins, screw_bag, splicing_connectors  # noqa: E402
+from twin.drawing import Scene, develop  # noqa: E402
+
+CATEGORIES = {"breakfast_box": breakfast_box, "juice_bottle": juice_bottle, "pushpins": pushpins,
+              "screw_bag": screw_bag, "splicing_connectors": splicing_connectors}
+SCENES = {name: category.paint for name, category in CATEGORIES.items()}
+COUNTS = {"train": 100, "validation": 30, "test_good": 40, "test_logical": 40,
+          "test_structural": 40}             # photos by kind
+FOLDERS = {"train": "train/good", "validation": "validation/good", "test_good": "test/good",
+           "test_logical": "test/logical_anomalies",
+           "test_structural": "test/structural_anomalies"}
+RENDERED_MARK = "rendered.json"              # the same as data.py's: neither imports the other
+
+
+class TwinError(ValueError):
+    """Something the user gave cannot be used; the message is one line that says what to do."""
+
+    def __str__(self):                       # a name may hold line breaks and terminal codes
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise TwinError(f"{message} (see {self.prog} --help)")
+
+
+def check_category(category: str):
+    if category not in SCENES:
+        near = [f"; did you mean {n}?" for n in difflib.get_close_matches(category, SCENES, 1)]
+        names = ", ".join(SCENES) + "".join(near)
+        raise TwinError(f"--category {category}: not one of the rendered {names}")
+
+
+def draw(category: str, kind: str, index: int, size: int, seed: int):
+    """One photo of a kind of COUNTS -> uint8 (size, size, 3), its fault's regions, bool
+    (size, size) each, and the fault or None.
+
+    The faults of a kind take turns; the photo depends on nothing but the arguments.
+    """
+    check_category(category)
+    module = CATEGORIES[category]
+    by_kind = {"test_logical": list(module.LOGICAL), "test_structural": module.STRUCTURAL}
+    faults = by_kind.get(kind, [None])
+    fault = faults[index % len(faults)]
+    stream = zlib.crc32((category + FOLDERS[kind].replace("/", "")).encode())
+    scene = Scene(np.random.default_rng([seed, stream, index]), 2 * size)
+    SCENES[category](scene, fault)
+    return *develop(scene, size), fault
+
+
+def draw_share(folder: str, category: str, counts: dict[str, int], size: int, seed: int,
+               share: int, shares: int):
+    """Draws and writes every `shares`-th photo of a category, from number `share` on: the work
+    of one process."""
+    faults = [*CATEGORIES[category].LOGICAL, *CATEGORIES[category].STRUCTURAL]
+    photos = [(kind, i) for kind, n in counts.items() for i in range(n)]
+    for kind, i in photos[share::shares]:
+        photo, regions, fault = draw(category, kind, i, size, seed)
+        for k, region in enumerate(regions):
+            truth = Path(folder, FOLDERS[kind].replace("test", "ground_truth"), f"{i:03}")
+            truth.mkdir(parents=True, exist_ok=True)
+            mask = Image.fromarray(region * np.uint8(255 - faults.index(fault)))
+            mask.save(truth / f"{k:03}.png")
+        Image.fromarray(photo).save(Path(folder, FOLDERS[kind], f"{i:03}.png"), compress_level=1)
+
+
+def draw_all(*work):
+    """draw_share(*work, ...) in a process for each core. Raises RuntimeError where one fails."""
+    # Fresh interpreters: a pool would fork the caller's threads or import its program again.
+    start = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
+             "from twin.render import draw_share; draw_share(*json.loads(sys.argv[2]))")
+    shares, workers, outputs = min(os.cpu_count() or 1, 16), [], []
+    try:
+        for share in range(shares):
+            command = [sys.executable, "-c", start, str(ROOT), json.dumps([*work, share, shares])]
+            workers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                                            env=os.environ | {"OMP_NUM_THREADS": "1"}))
+        for worker in workers:
+            outputs.append(worker.communicate()[1])
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    for worker, output in zip(workers, outputs):
+        if worker.returncode:
+            lines = [line for line in output.split("\n") if line.strip()]
+            raise RuntimeError(lines[-1] if lines else f"exit code {worker.returncode}")
+
+
+def defects_config(category: str, size: int) -> list[dict]:
+    """LOCO's defects_config.json: a mask's pixel value and where its defect saturates."""
+    config, module = [], CATEGORIES[category]
+    for name, threshold in (module.LOGICAL | dict.fromkeys(module.STRUCTURAL, 1.0)).items():
+        relative = threshold <= 1
+        if not relative:                     # pixels of a 256 px photo
+            threshold = round(threshold * (size / 256) ** 2)
+        config.append({"defect_name": name, "pixel_value": 255 - len(config),
+                       "relative_saturation": relative, "saturation_threshold": threshold})
+    return config
+
+
+def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int = 256,
+           seed: int = 1):
+    """Writes the rendered twin of one category, out/category, in MVTec LOCO's layout.
+
+    counts: photos by kind, as in COUNTS; size: the photo's side in pixels. The same arguments
+    give the same pixels on any number of processes. The folder appears once it is complete. Draw
+    0 is the one that the presets were tuned on; the default and the README's figures are draw 1.
+    Raises TwinError where the folder exists already or cannot be written.
+    """
+    check_category(category)
+    target = Path(out) / category
+    mark = {"seed": seed, "size": size,
+            "note": "drawn by LADMIM's twin/render.py, not photographed"}
+    try:
+        if target.exists():
+            raise TwinError(f"{target} exists already; remove it or give another --out")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{category}-", dir=out) as unfinished:
+            folder = Path(unfinished, category)
+            for kind in counts:
+                (folder / FOLDERS[kind]).mkdir(parents=True)
+            config = json.dumps(defects_config(category, size), indent=4)
+            (folder / "defects_config.json").write_text(config)
+            (folder / RENDERED_MARK).write_text(json.dumps(mark) + "\n")
+            draw_all(str(folder), category, counts, size, seed)
+            folder.rename(target)
+    except RuntimeError as error:
+        raise TwinError(f"rendering {target} failed ({error}); nothing was written") from None
+    except OSError as error:
+        raise TwinError(f"cannot write {target}: {error.strerror}; choose another --out") from error
+    photos = f"{sum(counts.values())} photos of {size} x {size} pixels"
+    print(f"rendered {category}: {photos} in {target}", file=sys.stderr)
+
+
+def render_all(argv: list[str] | None):
+    parser = Parser(prog="twin/render.py", description="Draws the rendered twin of MVTec LOCO.")
+    parser.add_argument("--out", required=True, type=Path, help="will hold the category folders")
+    parser.add_argument("--category", default="all", help=f"all, or some of {','.join(SCENES)}")
+    for kind, n in COUNTS.items():
+        option = f"--{kind.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=n, help=f"photos (default {n})")
+    parser.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
+    names = list(SCENES) if args.category == "all" else args.category.split(",")
+    for name in names:
+        check_category(name)
+    counts = {kind: getattr(args, kind) for kind in COUNTS}
+    if args.train < 2 or args.size < 64 or min(args.seed, *counts.values()) < 0:
+        raise TwinError("--train must be at least 2, --size 64, --seed and the other counts 0")
+    for name in names:
+        render(args.out, name, counts, args.size, args.seed)
+        print(f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in counts.items()), flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        render_all(argv)
+    except TwinError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; nothing unfinished was left behind", file=sys.stderr)
+        return 130
+    except BrokenPipeError:                  # whoever read the output has closed it, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

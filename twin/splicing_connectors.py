@@ -1,0 +1,165 @@
+"""splicing_connectors: two connectors of 2, 3 or 5 clamps, the same on both sides. A cable joins
+a clamp and its mirrored clamp; its colour goes with the number of clamps."""
+import math
+from functools import partial
+
+import numpy as np
+
+from twin.drawing import (background, common, ellipse, minus, polygon, slab, soft, stamp, stroke,
+                          turned, union)
+
+# Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
+LOGICAL = {"wrong_cable_colour": 0.7, "unequal_connectors": 0.4, "wrong_cable_location": 0.5,
+           "extra_cable": 0.5, "missing_cable": 700, "missing_connector": 0.8,
+           "reversed_connector": 0.8, "loose_cable": 0.5}
+STRUCTURAL = ("cut_cable", "frayed_cable", "open_lever", "broken_connector", "stain")
+
+CABLES = {2: (0.86, 0.68, 0.16), 3: (0.26, 0.32, 0.72), 5: (0.74, 0.13, 0.11)}   # clamps: colour
+PITCH = 0.098                                            # of the clamps
+SQUEEZE = 0.5                                            # LOCO's photo: height / width
+ORANGE, COPPER = np.array((0.96, 0.31, 0.07)), np.array((0.72, 0.42, 0.22))
+
+
+def mesh(scene):
+    """Cuts the background into expanded metal: rounded wires where |cos u + cos v| is small, and
+    between them staggered diamond holes."""
+    n, rng = scene.side, scene.rng
+    angle, k = rng.normal(0, 0.01), 2 * math.pi / (0.075 * n)
+    c, s = k * math.cos(angle), k * math.sin(angle)
+    x, y = np.arange(n, dtype=np.float32), np.arange(n, dtype=np.float32)[:, None]
+    a = np.cos(c * x - s * y + rng.uniform(0, 6.3))          # (n, n)
+    b = np.cos(s * x + c * y + rng.uniform(0, 6.3))
+    wire = np.clip(1.2 - np.abs(a + b + 0.08) / 0.52, 0, 1)  # 1 on a wire, 0 in a hole
+    knot = np.square(np.square(np.square((a - b) / 2)))      # 1 where wires meet: a glint
+    tone = 0.06 + wire * (0.62 + 0.5 * knot * wire) * (1 + 0.25 * (a + b))
+    scene.photo *= tone[..., None]
+
+
+def connector(scene, centre, angle, side, clamps, used, fault):
+    """A connector, side: 1 levers to the right, -1 left. The clamps in `used` {clamp: colour}
+    show the cable. Returns its shape."""
+    rng, put = scene.rng, partial(turned, angle=angle, centre=centre, squeeze=SQUEEZE)
+    orange, hit, gone = ORANGE * rng.normal(1, 0.05), rng.integers(clamps), None
+
+    def piece(x, y, w, h):
+        shape = polygon(scene, put(slab(w, h) + (side * x, y)))
+        return minus(shape, gone) if gone else shape
+
+    whole = piece(0, 0, 0.32, clamps * PITCH + 0.03)
+    if fault == "broken_connector":  # a corner or an end of it
+        spot = (side * rng.uniform(-0.15, 0.12), rng.choice((-1, 1)) * clamps * PITCH / 2)
+        gone = ellipse(scene, put([spot])[0], *rng.uniform(0.04, 0.07, 2), wobble=0.4)
+        scene.regions.append(common(whole, gone))
+    housing = piece(-0.02, 0, 0.28, clamps * PITCH + 0.025)
+    stamp(scene, housing, (0.62, 0.56, 0.54), grain=0.06, bulge=0.4, shadow=0.6, alpha=0.7)
+    for clamp in range(clamps):
+        y, lifted = (clamp - (clamps - 1) / 2) * PITCH, fault == "open_lever" and clamp == hit
+        funnel, lever = piece(-0.115, y, 0.05, 0.05), piece(0.055, y, 0.2, PITCH * 0.92)
+        if lifted:
+            lever = piece(0.14, y, 0.28, PITCH * 0.92)
+            scene.regions.append(lever)
+        stamp(scene, funnel, (0.78, 0.74, 0.73), grain=0.06, bulge=0.6, alpha=0.6)
+        stamp(scene, lever, orange, grain=0.04, bulge=0.45, shadow=0.5)
+        window, wire = piece(-0.02, y - 0.006, 0.085, 0.045), piece(-0.03, y - 0.004, 0.045, 0.026)
+        stamp(scene, window, (0.45, 0.35, 0.31), grain=0.25, bulge=0.4)
+        stamp(scene, wire, used.get(clamp, (0.55, 0.53, 0.52)), grain=0.2, alpha=0.6)
+        if lifted:
+            stamp(scene, piece(0.03, y, 0.1, PITCH * 0.7), (0.16, 0.12, 0.11), grain=0.3)
+    if fault == "stain":
+        along, across = side * rng.uniform(-0.05, 0.13), rng.uniform(-0.5, 0.5)
+        spot = put([(along, across * (clamps - 0.6) * PITCH)])[0]
+        stain = ellipse(scene, spot, *rng.uniform(0.03, 0.06, 2), wobble=0.35)
+        scene.regions.append(stain)
+        opacity = rng.uniform(0.7, 0.95)
+        stamp(scene, soft(stain, 2), (0.13, 0.10, 0.07), grain=0.3, alpha=opacity)
+    return whole
+
+
+def cable_path(rng, places, clamps, rows):
+    """(40, 2) points from clamp rows[0] of the left connector to clamp rows[1] of the right one,
+    sagging a little."""
+    ends = []
+    for (centre, angle, side), n, row in zip(places, clamps, rows):
+        end = (side * 0.14, (row - (n - 1) / 2) * PITCH)
+        ends.append(turned([end], angle, centre, SQUEEZE)[0])
+    t = np.linspace(0, 1, 40)[:, None]
+    sag = rng.normal(0.02, 0.008) * np.sin(np.pi * t) + rng.normal(0, 0.008) * np.sin(2 * np.pi * t)
+    return ends[0] + t * (ends[1] - ends[0]) + (0, 1) * sag
+
+
+def cable(scene, path, colour, fault):
+    rng, i = scene.rng, scene.rng.integers(10, 26)           # a fault sits at path[i]
+    pieces = [path]
+    if fault == "cut_cable":
+        pieces = [path[:i], path[i + rng.integers(2, 5):] + (0, rng.normal(0, 0.015))]
+    for piece in pieces:
+        stamp(scene, stroke(scene, 0.025, piece), colour, bulge=0.45, gloss=0.15, shadow=0.5)
+    if fault == "frayed_cable":      # bare strands stick out
+        bare = path[i:i + rng.integers(4, 7)]
+        bow = np.sin(np.linspace(0, np.pi, len(bare)))[:, None]
+        for _ in range(8):
+            strand = bare + bow * rng.normal(0, (0.004, 0.016), 2)
+            copper = COPPER * rng.uniform(0.6, 1.2)
+            stamp(scene, stroke(scene, 0.006, strand), copper, grain=0.2)
+    if fault in ("cut_cable", "frayed_cable"):
+        scene.regions.append(stroke(scene, 0.05, path[i:i + 4]))
+
+
+def cables(scene, fault, places, clamps, rows, hit):
+    """The cables' paths, for each its clamps on the left and the right in `rows`, after a fault.
+    The fault's region is drawn too."""
+    paths = [cable_path(scene.rng, places, clamps, pair) for pair in rows]
+    if fault in ("wrong_cable_colour", "wrong_cable_location", "extra_cable"):
+        scene.regions.append(stroke(scene, 0.025, *paths))
+    elif fault == "missing_cable":
+        scene.regions.append(stroke(scene, 0.06, paths.pop()))
+    elif fault == "loose_cable":     # it ends short of the connector
+        gap = np.arange(30, 40) if hit else np.arange(10)
+        scene.regions.append(stroke(scene, 0.05, paths[0][gap]))
+        paths[0] = np.delete(paths[0], gap, axis=0)
+    return paths
+
+
+def paint(scene, fault=None):
+    """Draws the connectors: good ones, or with a fault of LOGICAL or STRUCTURAL."""
+    rng = scene.rng
+    scene.aim(0.006, 0.6, 0.008)
+    grey = np.array((0.76, 0.72, 0.70)) * rng.normal(1, 0.04)
+    background(scene, grey, grain=0.12, scale=6, blotch=0.05)
+    mesh(scene)
+    n, hit = int(rng.choice((2, 3, 5))), rng.integers(2)     # hit: the side with the fault
+    row, other = rng.permutation(n)[:2]
+    odd = int(rng.choice([m for m in CABLES if m != n]))
+    places = []                                              # (centre, angle, side) each
+    for x, y, side in ((0.19, 0.48, 1), (0.80, 0.50, -1)):
+        centre = (x + rng.normal(0, 0.008), y + rng.normal(0, 0.012))
+        places.append((centre, rng.normal(0, 1.5), side))
+    clamps, colour = [n, n], np.array(CABLES[n]) * rng.normal(1, 0.08)
+    if fault == "wrong_cable_colour":
+        colour = np.array(CABLES[odd]) * rng.normal(1, 0.08)
+    if fault == "unequal_connectors":
+        clamps[hit] = odd
+        row = min(row, odd - 1)
+    rows = [(row, row)]                                      # a cable's clamps, left and right
+    if fault == "wrong_cable_location":
+        rows = [(row, other)]
+    elif fault == "extra_cable":
+        rows.append((other, other))
+    paths = cables(scene, fault, places, clamps, rows, hit)
+    if fault == "reversed_connector":
+        places[hit] = (*places[hit][:2], -places[hit][2])
+    for path in paths:
+        cable(scene, path, colour, fault)
+    bodies = []
+    for i, (centre, angle, side) in enumerate(places):
+        if fault == "missing_connector" and i == hit:
+            outline = slab(0.32, n * PITCH + 0.03)
+            bodies.append(polygon(scene, turned(outline, angle, centre, SQUEEZE)))
+            continue
+        used = {pair[i]: colour for pair in rows[:len(paths)]}
+        here = fault if i == hit else None
+        bodies.append(connector(scene, centre, angle, side, clamps[i], used, here))
+    if fault in ("missing_connector", "reversed_connector"):
+        scene.regions.append(bodies[hit])
+    if fault == "unequal_connectors":
+        scene.regions.append(union(*bodies))
