@@ -263,24 +263,7 @@ def evaluate(scored: ScoredRun, category: str, over: str = "validation") -> dict
     return record
 
 
-def evaluate_runs(folders: list[Path], over: str = "validation") -> tuple[list[dict], list[str]]:
-    """Run folders -> records, and a line on each run or category that could not be scored."""
-    records, problems = [], []
-    for folder in folders:
-        try:
-            scored = read_run(folder)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        for category in sorted(set(scored.category.tolist())):
-            try:
-                records.append(evaluate(scored, category, over))
-            except InputError as error:
-                problems.append(str(error))
-    return records, problems
-
-
-# Means over seeds and categories
+# Several runs
 
 def grouped(records: list[dict], *keys: str) -> dict[tuple, list[dict]]:
     groups = {}
@@ -305,6 +288,24 @@ def tell_apart(records: list[dict]) -> tuple[list[dict], list[str]]:
         kept.append(first)
         left_out += [f"{r['run']} is left out: it repeats {first['run']}" for r in repeats]
     return kept, left_out
+
+
+def evaluate_runs(folders: list[Path], over: str = "validation") -> tuple[list[dict], list[str]]:
+    """Run folders -> records, and a line on each run or category that does not count."""
+    records, problems = [], []
+    for folder in folders:
+        try:
+            scored = read_run(folder)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        for category in sorted(set(scored.category.tolist())):
+            try:
+                records.append(evaluate(scored, category, over))
+            except InputError as error:
+                problems.append(str(error))
+    records, repeats = tell_apart(records)
+    return records, problems + repeats
 
 
 @dataclass(frozen=True)
@@ -441,19 +442,48 @@ def run_table(folder) -> str:
 
 # Command line
 
-def write_report(file: Path, text: str, mark: str, option: str) -> None:
+def add_runs(parser: argparse.ArgumentParser, output: str = "--json") -> None:
+    """The options that name runs, and the file to write."""
+    parser.add_argument("paths", nargs="*", type=Path, metavar="RUN_OR_FOLDER",
+                        help="default: every run under --runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument(output, type=Path, metavar="FILE", help="default: in the folder of runs")
+
+
+def chosen_runs(args) -> list[Path]:
+    """The run folders that the options of `add_runs` name; at least one."""
+    folders = find_runs(args.paths or ([args.runs] if args.runs.exists() else []))
+    if not folders:
+        raise InputError(f"no runs under {', '.join(map(str, args.paths or [args.runs]))}: "
+                         "make one with `python ladmim.py train --category breakfast_box`")
+    return folders
+
+
+def each_record(args, figures) -> tuple[list[dict], list[str]]:
+    """figures(scored, record) -> rows. -> the rows of all chosen runs and categories, problems."""
+    records, problems = evaluate_runs(chosen_runs(args))
+    rows = []
+    for record in records:
+        try:
+            rows += figures(read_run(Path(record["run"])), record)
+        except InputError as error:
+            problems.append(str(error))
+    return rows, problems
+
+
+def write_report(file: Path, text: str, mark: str) -> None:
     """Replaces an earlier report, known by the mark near its start, and no other file."""
     with data.readable():
         foreign = file.exists() and mark.encode() not in file.read_bytes()[:200]
         file.parent.mkdir(parents=True, exist_ok=True)
     if foreign:
-        raise InputError(f"{option} {file} exists and is no such report: name another file")
-    data.write_whole(file, text.encode(errors="replace"), f"name another file with {option}")
+        raise InputError(f"{file} exists and was not written by this command: name another file")
+    data.write_whole(file, text.encode(errors="replace"), "name another file")
 
 
 def write_json(file: Path, report: dict) -> None:
     text = json.dumps({"made_by": "LADMIM", **report}, indent=1, default=asdict)
-    write_report(file, text, '{\n "made_by": ', "--json")
+    write_report(file, text, '{\n "made_by": ')
 
 
 def show(tables: list[tuple], problems: list[str], banner: str = "") -> int:
@@ -466,19 +496,13 @@ def show(tables: list[tuple], problems: list[str], banner: str = "") -> int:
     return 1 if problems else 0
 
 
-def add_runs(parser: argparse.ArgumentParser) -> None:
-    """The options that name runs; `chosen_runs` reads them."""
-    parser.add_argument("paths", nargs="*", type=Path, metavar="RUN_OR_FOLDER",
-                        help="default: every run under --runs")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
-
-
-def chosen_runs(args) -> list[Path]:
-    folders = find_runs(args.paths or ([args.runs] if args.runs.exists() else []))
-    if not folders:
-        raise InputError(f"no runs under {', '.join(map(str, args.paths or [args.runs]))}: "
-                         "make one with `python ladmim.py train --category breakfast_box`")
-    return folders
+def publish(name: str, args, tables: list[tuple], records, problems: list[str], banner="") -> int:
+    """Prints tables and problems, and writes them and the records as JSON. -> exit code"""
+    keys = ("banner", "title", "header", "rows")
+    write_json(args.json or args.runs / f"{name}.json", {
+        "problems": problems, "records": records,
+        "tables": [dict(zip(keys, (banner, *table))) for table in tables]})
+    return show(tables, problems, banner)
 
 
 def parse(argv):
@@ -491,20 +515,13 @@ def parse(argv):
     add_runs(parser)
     parser.add_argument("--standardise", choices=("validation", "test"), default="validation",
                         help="split that standardises scores; test leaks, as every table says")
-    parser.add_argument("--json", type=Path, help="default: eval.json in the folder of runs")
     return parser.parse_args(argv)
 
 
 def print_tables(args) -> int:
     records, problems = evaluate_runs(chosen_runs(args), args.standardise)
-    records, repeats = tell_apart(records)
-    problems, tables = problems + repeats, all_tables(records)
     banner = LEAKS if args.standardise == "test" else ""
-    write_json(args.json or args.runs / "eval.json", {
-        "standardise": args.standardise, "problems": problems, "records": records,
-        "tables": [dict(zip(("banner", "title", "header", "rows"), (banner, *table)))
-                   for table in tables]})
-    return show(tables, problems, banner)
+    return publish("eval", args, all_tables(records), records, problems, banner)
 
 
 def main(argv=None) -> int:

@@ -347,10 +347,9 @@ def draw_masks(cfg: Config, n: int, generator, scoring: bool) -> torch.Tensor:
 
 
 def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
-    """The M masks (M, N) that every photo of a run is scored with. Of checkerboards there are six
-    different ones, and each is used once."""
-    m = min(cfg.masks, 6) if cfg.mask == "checkerboard" else cfg.masks
-    return draw_masks(cfg, m, seeded(seed, "scoring masks"), scoring=True).to(device)
+    """The M masks (M, N) that every photo of a run is scored with. Of checkerboards all six."""
+    count = min(cfg.masks, 6) if cfg.mask == "checkerboard" else cfg.masks
+    return draw_masks(cfg, count, seeded(seed, "scoring masks"), scoring=True).to(device)
 
 
 # ViT: the logical detector
@@ -459,17 +458,16 @@ def train_hvq(run: Run, cfg: Config, photos: Features, n: int) -> HVQ:
             lr = cfg.hvq_lr * (cfg.hvq_drop if epoch >= drop else 1.0)
             optimizer.param_groups[0]["lr"] = lr
             for batch in torch.randperm(n, generator=rng).to(photos.device).split(cfg.hvq_batch):
-                mine = share(batch)                  # may be empty: all count codes
+                mine = share(batch)                  # may be empty: codes are counted together
                 with in_precision(cfg.precision, photos.device):
                     loss = hvq.loss(photos.h0(mine))
                 total += descend(optimizer, loss, mine, batch, cfg.hvq_clip)
             loss = run.mean_loss("hvq", epoch, total, n)
             used, perplexity = hvq.health()
             if 1 in used and cfg.codes > 1:          # its histogram is the same for every mask
-                raise InputError(f"hvq training: level {used.index(1) + 1} uses one code of "
-                                 f"{cfg.codes} in epoch {epoch + 1}; the last good checkpoint is "
-                                 "kept; try --codebook ema, a smaller --hvq-lr or more training "
-                                 "photos")
+                raise InputError(f"hvq training: level {used.index(1) + 1} uses one code in epoch "
+                                 f"{epoch + 1}; the last good checkpoint is kept; try --codebook "
+                                 "ema, a smaller --hvq-lr or more training photos")
             if epoch < drop - 1:                     # later, a new code could not settle any more
                 rng = seeded(run.seed, "revive", epoch)
                 hvq.revive(photos.h0(torch.randperm(n, generator=rng)[:cfg.hvq_batch]), rng)
@@ -527,8 +525,7 @@ class Errors:
     """Where both models fail on B photos."""
     residual: torch.Tensor             # (B, N, d0) h0 minus what HVQ-Trans rebuilds
     l1: torch.Tensor                   # (B, M) each mask's error, `mim_error`
-    histogram: torch.Tensor            # (B, L, K) predicted minus actual, mean over the masks;
-                                       # zeros where the target is another
+    histogram: torch.Tensor            # (B, L, K) mean of predicted minus actual; else zeros
 
 
 @torch.inference_mode()
@@ -592,34 +589,35 @@ def kept_errors(cfg: Config, errors: Errors) -> list[torch.Tensor]:
             errors.l1]
 
 
-def learn_normal(cfg: Config, train, validation, masks) -> dict:
-    """What is normal in one category. train, validation: `kept_errors` of its normal photos; test
-    photos play no part. Mean and std of both scores and maps, the threshold of the final score,
-    and what the scores themselves learn."""
-    normal = {}
-    scores = HVQ_SCORES[cfg.hvq_score], MIM_SCORES[cfg.mim_score]
-    for score, of_train, of_validation in zip(scores, train, validation):
-        normal |= score.learn(of_train, of_validation) if score.learn else {}
-    judged = judge(cfg, validation, masks, normal)
-    for name, values in zip(("hvq", "mim", "hvq_map", "mim_map"), judged):
-        normal[name] = evaluation.moments(values.double().numpy())
-    return normal | {"threshold": evaluation.threshold(combine(normal, *judged[:2]))}
-
-
-def judge(cfg: Config, kept: list[torch.Tensor], masks: torch.Tensor, normal: dict):
-    """-> S_HVQ (B,), S_MIM (B,), and their maps (B, N). In the logical map a token has the mean
-    error of the masks that hide it; one that no mask hides has its photo's."""
+def judge(cfg: Config, kept: list[torch.Tensor], masks: torch.Tensor, normal: dict) -> dict:
+    """-> S_HVQ "hvq" and S_MIM "mim" (B,), their maps "hvq_map", "mim_map" (B, N). In the logical
+    map a token has the mean error of the masks that hide it; one that none hides, its photo's."""
     for_hvq, for_mim, l1 = kept
     s_hvq, hvq_map = HVQ_SCORES[cfg.hvq_score].judge(for_hvq, normal)
     s_mim, hides = MIM_SCORES[cfg.mim_score].judge(for_mim, normal), masks.to(l1.dtype)
     mim_map = l1 @ hides / hides.sum(0).clamp(min=1)
-    return s_hvq, s_mim, hvq_map, torch.where(masks.any(0), mim_map, l1.mean(1, keepdim=True))
+    mim_map = torch.where(masks.any(0), mim_map, l1.mean(1, keepdim=True))
+    return {"hvq": s_hvq, "mim": s_mim, "hvq_map": hvq_map, "mim_map": mim_map}
 
 
-def combine(normal: dict, s_hvq, s_mim, suffix=""):
-    """S = S'_HVQ + S'_MIM, each standardised; with suffix "_map" the same of the maps."""
-    (m1, d1), (m2, d2) = normal["hvq" + suffix], normal["mim" + suffix]
-    return (s_hvq - m1) / d1 + (s_mim - m2) / d2
+def standardise(normal: dict, judged: dict) -> dict:
+    """S'_HVQ, S'_MIM and their maps, by the validation normals' mean and std; the final score
+    S = S'_HVQ + S'_MIM as "score", and the sum of the maps as "heat"."""
+    s = {name: (values - normal[name][0]) / normal[name][1] for name, values in judged.items()}
+    return s | {"score": s["hvq"] + s["mim"], "heat": s["hvq_map"] + s["mim_map"]}
+
+
+def learn_normal(cfg: Config, train, validation, masks) -> dict:
+    """What is normal in one category. train, validation: `kept_errors` of its normal photos; test
+    photos play no part. Mean and std of both scores and maps, the threshold of the final score,
+    and what the scores themselves learn."""
+    normal, scores = {}, (HVQ_SCORES[cfg.hvq_score], MIM_SCORES[cfg.mim_score])
+    for score, of_train, of_validation in zip(scores, train, validation):
+        normal |= score.learn(of_train, of_validation) if score.learn else {}
+    judged = judge(cfg, validation, masks, normal)
+    for name, values in judged.items():
+        normal[name] = evaluation.moments(values.double().numpy())
+    return normal | {"threshold": evaluation.threshold(standardise(normal, judged)["score"])}
 
 
 # The command `train`
@@ -640,7 +638,7 @@ def train_run(job: Job) -> int:
     if runs.as_first(run.state["stage"] != "done" or evaluation.scored_paths(job.out) != paths):
         score_photos(run, job, photos, hvq, mim, features)
     if run.writes:
-        print(f"{run.codebooks()}\nrun: {run.folder}\n{evaluation.run_table(run.folder)}")
+        print(f"run: {run.folder}\n{evaluation.run_table(run.folder)}")
     return 1 if bad else 0
 
 
@@ -655,18 +653,19 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
 
     rows, maps, run.state["calibration"] = [], [], {}
     for name in sorted({photo.category for photo in photos}):
-        of = {split: [i for i, photo in enumerate(photos) if (photo.category, photo.split)
-                      == (name, split)] for split in data.SPLITS}
-        train, validation = ([part[of[split]] for part in kept] for split in data.SPLITS[:2])
-        normal = learn_normal(cfg, train, validation, masks)
+        mine = [i for i, photo in enumerate(photos) if photo.category == name]
+        train, validation = ([i for i in mine if photos[i].split == split]
+                             for split in ("train", "validation"))
+        normal = learn_normal(cfg, [part[train] for part in kept],
+                              [part[validation] for part in kept], masks)
         run.state["calibration"][name] = normal
-        tested = of["validation"] + of["test"]
-        s_hvq, s_mim, *both = judge(cfg, [part[tested] for part in kept], masks, normal)
-        s_hvq, s_mim = s_hvq.double(), s_mim.double()
-        scores = torch.stack([s_hvq, s_mim, combine(normal, s_hvq, s_mim)], 1).tolist()
+        tested = [i for i in mine if photos[i].split != "train"]
+        judged = judge(cfg, [part[tested] for part in kept], masks, normal)
+        judged = {name: values.double() for name, values in judged.items()}
+        s = standardise(normal, judged)
+        scores = torch.stack([judged["hvq"], judged["mim"], s["score"]], 1).tolist()
         rows += [(photos[i], values) for i, values in zip(tested, scores)]
-        (m1, d1), (m2, d2) = normal["hvq_map"], normal["mim_map"]
-        maps.append(torch.stack([(both[0] - m1) / d1, (both[1] - m2) / d2], 1))     # (n, 2, N)
+        maps.append(torch.stack([s["hvq_map"], s["mim_map"]], 1))    # (n, 2, N)
     if run.writes:
         maps = torch.cat(maps).unflatten(2, (cfg.grid, cfg.grid)).float().numpy()
         evaluation.write_scores(run.folder, job.root, rows, maps)
@@ -701,11 +700,7 @@ def train(args) -> int:
         with runs.first_process_first():
             root, names = data.find_data(args.data, args.category)
         jobs = runs.asked_jobs(args, cfg, preset, root, names, device)
-        code = max([train_run(job) for job in jobs])
-    if len(jobs) > 1:
-        print(f"{len(jobs)} runs are done. `python eval.py` takes those that differ in the seed "
-              "alone as one row, mean ± std, and adds the mean over the categories")
-    return code
+        return max([train_run(job) for job in jobs])
 
 
 # The command `predict`
@@ -737,10 +732,8 @@ class Detector:
         h0, pixels = self.look(images)
         found = errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels)
         kept = [part.cpu() for part in kept_errors(self.cfg, found)]
-        s_hvq, s_mim, *maps = judge(self.cfg, kept, self.masks.cpu(), self.normal)
-        (m1, d1), (m2, d2) = self.normal["hvq"], self.normal["mim"]
-        return ((s_hvq - m1) / d1, (s_mim - m2) / d2, combine(self.normal, s_hvq, s_mim),
-                combine(self.normal, *maps, suffix="_map").numpy())
+        s = standardise(self.normal, judge(self.cfg, kept, self.masks.cpu(), self.normal))
+        return s["hvq"], s["mim"], s["score"], s["heat"].numpy()
 
 
 def load_detector(folder: Path, category: str | None, device: torch.device) -> Detector:
@@ -750,8 +743,8 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     if category not in known and (category or len(known) > 1):
         raise InputError(f"--category {category or '(not given)'}: this run knows "
                          f"{', '.join(known)}; name one")
-    names = dataclasses.asdict(Config())
-    cfg = Config(**{name: value for name, value in state["config"].items() if name in names})
+    cfg = Config(**{field.name: state["config"][field.name] for field in dataclasses.fields(Config)
+                    if field.name in state["config"]})
     pdn, _ = pdn_from_state(state["pdn"], str(folder))
     hvq, mim = HVQ(cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
     hvq.load_state_dict(state["hvq"])
@@ -768,26 +761,22 @@ def predict(args) -> int:
     could not be read."""
     detector = load_detector(args.run, args.category, runs.pick_device(args.device))
     paths, bad, threshold = data.find_images(args.images), 0, detector.normal["threshold"]
+    names, size = data.flat_names(paths), detector.cfg.image_size
     if args.heatmap:
         data.make_folder(args.heatmap, "--heatmap", paths)
-    names = iter(data.flat_names(paths))
-    images = data.load_images(paths, detector.cfg.image_size)
-    for batch in data.in_batches(zip(paths, names, images), 8):
-        readable = [item for item in batch if not isinstance(item[2], InputError)]
-        for *_, image in batch:
-            if isinstance(image, InputError):
-                print(f"error: {image}", file=sys.stderr)
-                bad += 1
-        if not readable:
-            continue
-        judged = detector(np.stack([image for *_, image in readable]))
-        for (path, name, _), structural, logical, score, heat in zip(readable, *judged):
+    for batch in data.in_batches(zip(paths, names, data.load_images(paths, size)), 8):
+        unreadable = [image for *_, image in batch if isinstance(image, InputError)]
+        batch = [item for item in batch if not isinstance(item[2], InputError)]
+        for error in unreadable:
+            print(f"error: {error}", file=sys.stderr)
+        bad += len(unreadable)
+        judged = detector(np.stack([image for *_, image in batch])) if batch else ()
+        for (path, name, _), structural, logical, score, heat in zip(batch, *judged):
             verdict = "good" if score <= threshold else "anomaly"    # NaN, too
             print(verdict_line(path, verdict, structural, logical, score, threshold, args.json))
             if args.heatmap:
                 words = f"{verdict}: score {score:.1f}, threshold {threshold:.1f}"
-                save_heatmap(args.heatmap / f"{name}.png", path, heat, detector.cfg.image_size,
-                             words)
+                save_heatmap(args.heatmap / f"{name}.png", path, heat, size, words)
     return 1 if bad else 0
 
 
@@ -795,10 +784,9 @@ def verdict_line(path, verdict, structural, logical, score, threshold, as_json: 
     if not as_json:
         return (f"{verdict:7} {score:8.2f}  (structural {structural:.2f}, logical {logical:.2f})  "
                 f"{data.printable(str(path))}")
-    numbers = {"score": score, "threshold": threshold, "structural": structural,
-               "logical": logical}
-    return json.dumps({"path": str(path), "verdict": verdict,
-                       **{name: round(float(value), 4) for name, value in numbers.items()},
+    numbers = dict(score=score, threshold=threshold, structural=structural, logical=logical)
+    rounded = {name: round(float(value), 4) for name, value in numbers.items()}
+    return json.dumps({"path": str(path), "verdict": verdict, **rounded,
                        "decided": "structural" if structural >= logical else "logical"})
 
 
@@ -806,7 +794,6 @@ def main(argv=None) -> int:
     def command() -> int:
         args = runs.parse(argv, Config, PRESETS, OPTIONS)
         return (train if args.command == "train" else predict)(args)
-
     return data.run_command(command, "stopped; the same command goes on from the last checkpoint")
 
 

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,16 +73,13 @@ class Job:
 
 def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> list[Job]:
     """A run for each seed, with --separate for each category, too."""
+    called = "all" if args.category == "all" and not args.separate else ""
     groups = [[name] for name in names] if args.separate else [names]
-    jobs = []
-    for group in groups:
-        for seed in args.seeds:
-            called = "all" if args.category == "all" and not args.separate else ""
-            jobs.append(Job(cfg, preset, root, group, device, seed, called, args.out, args.cache,
-                            args.take))
+    jobs = [Job(cfg, preset, root, group, device, seed, called, args.out, args.cache, args.take)
+            for group in groups for seed in args.seeds]
     if args.out and len(jobs) > 1:
-        raise InputError(f"--out {args.out}: is the folder of one run, and {len(jobs)} are asked "
-                         "for; leave it out")
+        raise InputError(f"--out {args.out}: is one run's folder, {len(jobs)} runs are asked for; "
+                         "leave it out")
     return jobs
 
 
@@ -94,52 +92,48 @@ def parse(argv, config_class, presets: dict, options: dict) -> argparse.Namespac
     parser = Parser(prog="ladmim.py",
                     description="Logical anomaly detection with masked image modeling.")
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("train", help="train both detectors on good photos, score validation "
-                                          "and test photos")
-    p.add_argument("--category", required=True,
-                   help="a category's folder name, a comma list or all: one model for all of them")
-    p.add_argument("--separate", action="store_true", help="a run for each of these instead")
-    p.add_argument("--data", help="the folder that holds the category folders (default: data/"
-                   "mvtec_loco_anomaly_detection, or the rendered twin where there is none)")
-    p.add_argument("--preset", choices=presets, help="default: fast with a GPU, tiny without")
-    p.add_argument("--seed", "--seeds", dest="seeds", type=seed_list, default=[0], metavar="SEED",
-                   help="a number, or several as in 0-4 or 0,3,7: a run for each, one after the "
-                   "other; what is trained is not trained again. A scheduler (xargs -P, a SLURM "
-                   "array) can start each with its own --category and --seed")
-    p.add_argument("--out", type=Path,
-                   help="run folder (default: runs/DATA/CATEGORY-PRESET-seedN)")
-    p.add_argument("--take", type=Path, metavar="RUN",
-                   help="take over what this finished run has learned, as far as settings agree")
-    p.add_argument("--cache", type=Path, default=Path("cache"),
-                   help="folder of cached features (default: cache)")
-    settings = p.add_argument_group("settings (default: the preset's)")
+    train = commands.add_parser("train", help="train on good photos, score the others")
+    add = train.add_argument
+    add("--category", required=True, help="a folder's name, a comma list or all: one model for all")
+    add("--separate", action="store_true", help="a run for each of these instead")
+    add("--data", help="folder of the category folders (default: data/mvtec_loco_anomaly_detection "
+        "or, where there is none, the rendered twin)")
+    add("--preset", choices=presets, help="default: fast with a GPU, tiny without")
+    add("--seed", "--seeds", dest="seeds", type=seed_list, default=[0], metavar="SEED",
+        help="a number, or several as in 0-4 or 0,3,7: a run for each; what is trained is not "
+        "trained again. A scheduler can start each by itself")
+    add("--out", type=Path, help="run folder (default: runs/DATA/CATEGORY-PRESET-seedN)")
+    add("--take", type=Path, metavar="RUN", help="a finished run whose models are taken over, as "
+        "far as the settings agree")
+    add("--cache", type=Path, default=Path("cache"), help="of features (default: cache)")
+    settings = train.add_argument_group("settings (default: the preset's)")
     for field in dataclasses.fields(config_class):
         settings.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default),
                               choices=options.get(field.name))
 
-    p = commands.add_parser("predict", help="score photos with a trained run")
-    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    p.add_argument("--run", type=Path, required=True, help="run folder")
-    p.add_argument("--category", help="where the run knows several")
-    p.add_argument("--heatmap", type=Path, metavar="DIR", help="draw photos and heat maps there")
-    p.add_argument("--json", action="store_true", help="one JSON object a line")
-    for p in commands.choices.values():
-        p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    predict = commands.add_parser("predict", help="score photos with a trained run")
+    add = predict.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    add("--run", type=Path, required=True, help="run folder")
+    add("--category", help="where the run knows several")
+    add("--heatmap", type=Path, metavar="DIR", help="draw photos and heat maps there")
+    add("--json", action="store_true", help="one JSON object a line")
+    for command in (train, predict):
+        command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU, if any")
     return parser.parse_args(argv)
 
 
 def seed_list(text: str) -> list[int]:
     """ "3", "0-4" or "0,3,7" -> the seeds."""
-    seeds = []
+    seeds = {}
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        last = last or first
-        if not (first.isdecimal() and last.isdecimal() and len(last) < 19
-                and int(first) <= int(last) < int(first) + 1000):
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + 1000:
             raise argparse.ArgumentTypeError(f"{text!r} is not a seed (0 or more), a range as in "
                                              "0-4 or a list as in 0,3,7")
-        seeds += range(int(first), int(last) + 1)
-    return list(dict.fromkeys(seeds))
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return list(seeds)
 
 
 def chosen_settings(args, config_class) -> dict:
@@ -151,37 +145,36 @@ def chosen_settings(args, config_class) -> dict:
 def check_settings(cfg, options: dict, side: int):
     """Raises InputError for a setting that cannot work, naming its option. side: positions of the
     backbone's output at this image size."""
-    def refuse(name: str, why: str):
-        raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
+    def check(name: str, fine: bool, why: str):
+        if not fine:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
 
+    tokens = cfg.grid ** 2
     for name, value in dataclasses.asdict(cfg).items():
-        if name in options and value not in options[name]:
-            refuse(name, f"must be one of {', '.join(options[name])}")
-        if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-            refuse(name, "must be a number from 0 up")
-        if isinstance(value, int) and value < ("epochs" not in name and name != "mim_warmup"):
-            refuse(name, "too small")
-    for name in ("train_ratio", "train_block", "score_ratio", "score_block"):
-        value = getattr(cfg, name)
-        if not 0 < value <= 1 or name.endswith("ratio") and not round(value * cfg.grid ** 2):
-            refuse(name, f"a share of the {cfg.grid ** 2} tokens, above 0 and at most 1, that a "
-                   "mask hides; at least one token")
-    for name in ("ema_decay", "hvq_dropout", "mim_dropout"):
-        if getattr(cfg, name) >= 1:
-            refuse(name, "must be below 1")
+        if name in options:
+            check(name, value in options[name], f"must be one of {', '.join(options[name])}")
+        if isinstance(value, float):
+            check(name, math.isfinite(value) and value >= 0, "must be a number from 0 up")
+        if isinstance(value, int):
+            least = 0 if name.endswith("epochs") or name == "mim_warmup" else 1
+            check(name, value >= least, "too small")
+        if name.endswith(("_ratio", "_block")):
+            share = name.endswith("ratio")
+            check(name, 0 < value <= 1 and not (share and not round(value * tokens)),
+                  f"a share of the {tokens} tokens, above 0 and at most 1; at least one token")
+        if name.endswith("dropout") or name == "ema_decay":
+            check(name, value < 1, "must be below 1")
     for model in ("hvq", "mim"):
-        if getattr(cfg, f"{model}_width") % getattr(cfg, f"{model}_heads"):
-            refuse(f"{model}_heads", f"must divide --{model}-width")
-    if cfg.codes > 2 ** 15:
-        refuse("codes", f"at most {2 ** 15}")
-    if side < 1 or side % cfg.grid:
-        refuse("grid", f"must divide the backbone's {max(side, 0)} positions a side at "
-               f"--image-size {cfg.image_size}")
-    if cfg.mim_score == "whitened" and cfg.target != "histogram":
-        refuse("mim_score", f"--target {cfg.target} has no histograms to measure; add --mim-score "
-               "mean")
-    if cfg.mask == "checkerboard" and cfg.grid % 12:
-        refuse("grid", "--mask checkerboard needs a multiple of 12")
+        fits = getattr(cfg, f"{model}_width") % getattr(cfg, f"{model}_heads") == 0
+        check(f"{model}_heads", fits, f"must divide --{model}-width")
+    check("codes", cfg.codes <= 2 ** 15, f"at most {2 ** 15}")
+    check("grid", side >= cfg.grid and side % cfg.grid == 0,
+          f"must divide the backbone's {max(side, 0)} positions a side at --image-size "
+          f"{cfg.image_size}")
+    check("grid", cfg.mask != "checkerboard" or cfg.grid % 12 == 0,
+          "--mask checkerboard needs a multiple of 12")
+    check("mim_score", cfg.mim_score != "whitened" or cfg.target == "histogram",
+          f"--target {cfg.target} has no histograms to measure; add --mim-score mean")
 
 
 # Machine
@@ -524,17 +517,8 @@ class Run:
             raise KeyboardInterrupt
 
     def save_stage(self, stage: str, epoch: int, model, optimizer):
-        self.save(**{"stage": stage, "epoch": epoch, stage: model.state_dict(),
-                     "optimizer": optimizer.state_dict()})
-
-    def codebooks(self) -> str:
-        """The last epoch's codes in use, as a line."""
-        levels = []
-        for line in [line for line in self.state["metrics"] if line["stage"] == "hvq"][-1:]:
-            for level, used in enumerate(line["codes_used"], 1):
-                levels.append(f"level {level}: {used} codes in use, perplexity "
-                              f"{line['perplexity'][level - 1]}")
-        return f"codebooks: {'; '.join(levels) or 'not trained'}"
+        self.state[stage] = model.state_dict()
+        self.save(stage=stage, epoch=epoch, optimizer=optimizer.state_dict())
 
     def finish(self, stage: str, model, optimizer):
         """-> the trained model, frozen."""

@@ -171,21 +171,13 @@ def localise(scored: evaluation.ScoredRun, category: str) -> dict:
     return figures
 
 
-def localise_runs(records: list[dict]) -> tuple[list[dict], list[str]]:
-    """eval.py's records -> a record a map and kind of each, a line on each that has no figures."""
-    found, problems = [], []
-    keys = ("run", "data", "rendered", "category", "seed", *evaluation.GROUP)
-    for record in records:
-        try:
-            scored = evaluation.read_run(Path(record["run"]))
-            figures = localise(scored, record["category"])
-        except InputError as error:
-            problems.append(str(error))
-            continue
+def records_of(scored: evaluation.ScoredRun, record: dict) -> list[dict]:
+    """eval.py's record of a category -> a record a map and kind of defect."""
+    keys, found = ("run", "data", "rendered", "category", "seed", *evaluation.GROUP), []
+    for (name, kind), figures in localise(scored, record["category"]).items():
         about = {key: record[key] for key in keys}
-        for (name, kind), values in figures.items():
-            found.append(about | {"map": MAPS[name], "kind": kind, "figures": values})
-    return found, problems
+        found.append(about | {"map": MAPS[name], "kind": kind, "figures": figures})
+    return found
 
 
 def localisation_tables(found: list[dict]) -> list[tuple]:
@@ -202,8 +194,11 @@ def localisation_tables(found: list[dict]) -> list[tuple]:
     return tables
 
 
-def write_maps(scored: evaluation.ScoredRun, folder: Path) -> int:
-    """folder/CATEGORY/test/KIND/NAME.tiff, float32, at the photo's size."""
+def write_maps(runs: list[Path], folder: Path) -> int:
+    """folder/CATEGORY/test/KIND/NAME.tiff of one run, float32, at the photo's size."""
+    if len(runs) > 1:
+        raise InputError(f"--maps {folder}: takes one run of these {len(runs)}; name it")
+    scored = evaluation.read_run(runs[0])
     for category in sorted(set(scored.category.tolist())):
         root, photos, maps = tested_photos(scored, category)
         if folder.resolve() == root.resolve():
@@ -227,26 +222,16 @@ def parse(argv):
     parser = data.Parser(prog="bench/localise.py", description="Pixel AUROC, AUPRO and sPRO of "
                          "trained runs, against the ground-truth masks; some seconds a run.")
     evaluation.add_runs(parser)
-    parser.add_argument("--json", type=Path, help="default: localise.json in the folder of runs")
     parser.add_argument("--maps", type=Path, metavar="DIR",
                         help="write each test photo's anomaly map of one run there instead")
     return parser.parse_args(argv)
 
 
 def print_tables(args) -> int:
-    folders = evaluation.chosen_runs(args)
     if args.maps:
-        if len(folders) > 1:
-            raise InputError(f"--maps {args.maps}: takes one run of these {len(folders)}; name it")
-        return write_maps(evaluation.read_run(folders[0]), args.maps)
-    records, problems = evaluation.evaluate_runs(folders)
-    records, repeats = evaluation.tell_apart(records)
-    found, failed = localise_runs(records)
-    problems, tables = problems + repeats + failed, localisation_tables(found)
-    evaluation.write_json(args.json or args.runs / "localise.json", {
-        "problems": problems, "records": found,
-        "tables": [dict(zip(("title", "header", "rows"), table)) for table in tables]})
-    return evaluation.show(tables, problems)
+        return write_maps(evaluation.chosen_runs(args), args.maps)
+    found, problems = evaluation.each_record(args, records_of)
+    return evaluation.publish("localise", args, localisation_tables(found), found, problems)
 
 
 def main(argv=None) -> int:

@@ -281,18 +281,16 @@ def page(records: list[dict]) -> str:
 
 def parse(argv):
     parser = data.Parser(prog="bench/report.py", description="Draws runs as one HTML file.")
-    evaluation.add_runs(parser)
-    parser.add_argument("--out", type=Path, help="default: report.html in the folder of runs")
+    evaluation.add_runs(parser, "--out")
     return parser.parse_args(argv)
 
 
 def write(args) -> int:
     records, problems = evaluation.evaluate_runs(evaluation.chosen_runs(args))
-    records, repeats = evaluation.tell_apart(records)
     file = args.out or args.runs / "report.html"
-    evaluation.write_report(file, page(records), MARK, "--out")
+    evaluation.write_report(file, page(records), MARK)
     print(file)
-    return evaluation.show([], problems + repeats)
+    return evaluation.show([], problems)
 
 
 def main(argv=None) -> int:

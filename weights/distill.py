@@ -23,8 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import runs  # noqa: E402
@@ -202,15 +201,14 @@ def explained_variance(student: nn.Module, teacher, mean, std, held_out: torch.T
 def check(args):
     for option in ("steps", "batch", "lr", "crop"):
         value = getattr(args, option)
-        if not (math.isfinite(value) and value >= (0 if option == "steps" else 1e-12)):
+        if not math.isfinite(value) or value < 0 or (value == 0 and option != "steps"):
             raise InputError(f"--{option} {value}: must be a number above 0")
     if args.crop < 64 or args.crop % 32:
         raise InputError(f"--crop {args.crop}: must be a multiple of 32 pixels, from 64 up")
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--out {args.out}: cannot be written ({error.strerror}); name another "
-                         "file") from None
+        raise InputError(f"--out {args.out}: cannot be written ({error.strerror})") from None
 
 
 def batches(corpus: Corpus, order: list[int], args, first: int):
@@ -231,6 +229,49 @@ def batches(corpus: Corpus, order: list[int], args, first: int):
         yield [crop for crop in itertools.islice(crops, args.batch) if crop is not None]
 
 
+def begin(args, corpus: Corpus, order: list[int], teacher, device):
+    """-> student, optimiser and state, as a stopped distillation left them or new. The state holds
+    the target's mean and std, channel by channel, over 256 photos."""
+    names = ("images", "teacher", "size", "start", "steps", "batch", "crop", "lr", "precision",
+             "seed")
+    settings, part = {name: getattr(args, name) for name in names}, part_of(args.out)
+    torch.manual_seed(args.seed)
+    student = load_pdn(args.start, args.seed)[0] if args.start else build_pdn(args.size)
+    student = student.to(device, memory_format=torch.channels_last).requires_grad_(True)
+    optimizer = torch.optim.Adam(student.parameters(), lr=args.lr, fused=True)
+    if part.exists():
+        state = runs.load_checkpoint(part)
+        if state["settings"] != settings:
+            raise InputError(f"{part}: holds a distillation with other settings; delete it or "
+                             "choose another --out")
+        student.load_state_dict(state["student"])
+        optimizer.load_state_dict(state["optimizer"])
+        return student, optimizer, state
+    truth = []
+    with torch.no_grad():
+        for x in centre_crops(corpus, order[:256], args.crop, max(args.crop, 224)):
+            truth.append(torch.cat(teacher_target(teacher, x[None].to(device)), 1))
+    truth = torch.cat(truth)
+    moments = [truth.mean((0, 2, 3)), truth.std((0, 2, 3)).clamp(min=1e-6)]
+    return student, optimizer, {"format": runs.FORMAT, "settings": settings, "step": 0,
+                                "moments": [moment[:, None, None] for moment in moments]}
+
+
+def part_of(out: Path) -> Path:
+    """What an unfinished distillation is kept in."""
+    return out.with_name(out.name + ".part")
+
+
+def write_weights(out: Path, student: nn.Module):
+    """In half precision, and the SHA-256 beside it."""
+    runs.save_tensors(out, {name: value.half().cpu().contiguous()
+                            for name, value in student.state_dict().items()})
+    digest = hashlib.sha256(out.read_bytes()).hexdigest()
+    data.write_whole(digest_file(out), f"{digest}\n".encode())
+    part_of(out).unlink(missing_ok=True)
+    print(f"weights: {out}")
+
+
 def distill(args, save_every=60.0) -> int:
     """Trains a PDN to predict a teacher's features where it looks. Exit code 1 where a photo could
     not be read."""
@@ -247,30 +288,7 @@ def distill(args, save_every=60.0) -> int:
     held_out, order = centre_crops(corpus, order[:kept], 224, 256), order[kept:]
     print(f"corpus: {len(order)} photos to learn from, {len(held_out)} to measure; teacher: "
           f"{args.teacher}; device: {device}", flush=True)
-
-    names = ("images", "teacher", "size", "start", "steps", "batch", "crop", "lr", "precision",
-             "seed")
-    settings = {name: getattr(args, name) for name in names}
-    part = args.out.with_name(args.out.name + ".part")
-    torch.manual_seed(args.seed)
-    student = load_pdn(args.start, args.seed)[0] if args.start else build_pdn(args.size)
-    student = student.to(device, memory_format=torch.channels_last).requires_grad_(True)
-    optimizer = torch.optim.Adam(student.parameters(), lr=args.lr, fused=True)
-    if part.exists():
-        state = runs.load_checkpoint(part)
-        if state["settings"] != settings:
-            raise InputError(f"{part}: holds a distillation with other settings; delete it or "
-                             "choose another --out")
-        student.load_state_dict(state["student"])
-        optimizer.load_state_dict(state["optimizer"])
-    else:                                            # the target's moments, over 256 photos
-        sample = centre_crops(corpus, order[:256], args.crop, max(args.crop, 224))
-        with torch.no_grad():
-            truth = torch.cat([torch.cat(teacher_target(teacher, x[None].to(device)), 1)
-                               for x in sample])
-        mean, std = truth.mean((0, 2, 3)), truth.std((0, 2, 3)).clamp(min=1e-6)
-        state = {"format": runs.FORMAT, "settings": settings, "step": 0,
-                 "moments": [mean[:, None, None], std[:, None, None]]}
+    student, optimizer, state = begin(args, corpus, order, teacher, device)
     mean, std = (moment.to(device) for moment in state["moments"])
 
     progress = runs.Progress("distilling", args.steps, "steps", state["step"])
@@ -283,7 +301,7 @@ def distill(args, save_every=60.0) -> int:
             truth = (torch.cat(teacher_target(teacher, x), 1) - mean) / std
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
         optimizer.param_groups[0]["lr"] = args.lr * min((step + 1) / 100, cosine)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        with runs.in_precision(args.precision, device):
             guess = student(imagenet(x))
         loss = F.mse_loss(guess.float(), truth)
         optimizer.zero_grad()
@@ -296,44 +314,37 @@ def distill(args, save_every=60.0) -> int:
                 raise InputError(f"distilling: the loss is {running} at step {step}; the last good "
                                  "step is kept; try a smaller --lr")
         if time.monotonic() - saved > save_every:
-            runs.save_tensors(part, state | {"step": step + 1, "student": student.state_dict(),
-                                             "optimizer": optimizer.state_dict()})
+            state |= {"step": step + 1, "student": student.state_dict(),
+                      "optimizer": optimizer.state_dict()}
+            runs.save_tensors(part_of(args.out), state)
             saved = time.monotonic()
         progress(step + 1, f"unexplained {running or 1:.3f}")
 
     student.eval().requires_grad_(False)
     for share, line in explained_variance(student, teacher, mean, std, held_out, device):
         print(f"{line}: explained variance {share:.3f}")
-    runs.save_tensors(args.out, {name: value.half().cpu().contiguous()
-                                 for name, value in student.state_dict().items()})
-    digest = hashlib.sha256(args.out.read_bytes()).hexdigest()
-    data.write_whole(digest_file(args.out), f"{digest}\n".encode())
-    part.unlink(missing_ok=True)
-    print(f"weights: {args.out}")
+    write_weights(args.out, student)
     return 1 if corpus.bad else 0
 
 
 def parse(argv=None) -> argparse.Namespace:
-    p = data.Parser(prog="weights/distill.py",
-                    description="Train a PDN backbone to predict a teacher's features.")
-    p.add_argument("--images", required=True, metavar="DIR_OR_TAR",
-                   help="photos of anything, thousands of them")
-    p.add_argument("--teacher", default="efficientnet-lite0",
-                   help="efficientnet-lite0 (default) or a TorchScript file that maps a batch to a "
-                        "list of (feature map, stride)")
-    p.add_argument("--out", required=True, type=Path, metavar="FILE",
-                   help="weights to write; while training, FILE.part beside it")
-    p.add_argument("--size", choices=("small", "medium"), default="small")
-    p.add_argument("--start", metavar="FILE", help="weights to start from (default: random)")
-    p.add_argument("--steps", type=int, default=20_000, help="0 only measures --start")
-    p.add_argument("--batch", type=int, default=8, help="crops a step")
-    p.add_argument("--crop", type=int, default=160, help="pixels a side, a multiple of 32")
-    p.add_argument("--lr", type=float, default=5e-4)
-    p.add_argument("--precision", choices=("fp32", "bf16"),
-                   help="default: bf16 with a GPU, fp32 without")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    return p.parse_args(argv)
+    parser = data.Parser(prog="weights/distill.py",
+                         description="Train a PDN backbone to predict a teacher's features.")
+    add = parser.add_argument
+    add("--images", required=True, metavar="DIR_OR_TAR", help="photos of anything, thousands")
+    add("--teacher", default="efficientnet-lite0", help="efficientnet-lite0 (default) or a "
+        "TorchScript file that maps a batch to a list of (feature map, stride)")
+    add("--out", required=True, type=Path, metavar="FILE", help="weights; until then, FILE.part")
+    add("--size", choices=("small", "medium"), default="small")
+    add("--start", metavar="FILE", help="weights to start from (default: random)")
+    add("--steps", type=int, default=20_000, help="0 only measures --start")
+    add("--batch", type=int, default=8, help="crops a step")
+    add("--crop", type=int, default=160, help="pixels a side, a multiple of 32")
+    add("--lr", type=float, default=5e-4)
+    add("--precision", choices=("fp32", "bf16"), help="default: bf16 with a GPU, fp32 without")
+    add("--seed", type=int, default=0)
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
