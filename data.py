@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import difflib
 import hashlib
 import io
 import json
@@ -22,15 +21,14 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from twin.render import SCENES, TwinError, render
+from twin.render import RENDERED_MARK, SCENES, TwinError, render
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif",
             ".ppm", ".pgm", ".pbm")
 SPLITS = ("train", "validation", "test")
 VALIDATION = ("validation", "valid", "val")          # MVTec LOCO's name first, then BMAD's
-RENDERED_MARK = "rendered.json"    # in a category folder: drawn, not photographed; as in twin/
 REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 
 warnings.filterwarnings("ignore", module=r"PIL\.")   # bad files are reported by name instead
@@ -151,8 +149,8 @@ def images_in(folder: Path) -> list[Path]:
 
 def good_folder(split: Path) -> Path:
     """split/good, also where it is written Good."""
-    inside = split.iterdir() if split.is_dir() else ()
-    return max((path for path in inside if path.name.lower() == "good"), default=split / "good")
+    return max((path for path in split.glob("*") if path.name.lower() == "good"),
+               default=split / "good")
 
 
 def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
@@ -169,15 +167,6 @@ def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
     return ()
 
 
-def hold_out(paths: list[Path], tag: str) -> tuple[list[Path], list[Path]]:
-    """-> the paths that stay, and a tenth (at least two; one of two) drawn at random; the same tag
-    draws the same."""
-    order = np.random.default_rng(zlib.crc32(os.fsencode(tag))).permutation(len(paths))
-    count = min(len(paths) - 1, max(2, round(len(paths) / 10)))
-    drawn = {paths[i] for i in order[:count]}
-    return [path for path in paths if path not in drawn], sorted(drawn)
-
-
 def folder_layout(folder: Path, category: str) -> list[Photo]:
     """MVTec LOCO, MVTec AD, BMAD and own photos: train/good, validation/good where there is one,
     test/KIND."""
@@ -192,8 +181,7 @@ def folder_layout(folder: Path, category: str) -> list[Photo]:
     if images_in(test):
         raise InputError(f"{test}: photos lie in it directly; move them into its folders good and "
                          "NAME_OF_DEFECT")
-    inside = test.iterdir() if test.is_dir() else ()
-    for kind in sorted(path for path in inside if path.is_dir()):
+    for kind in sorted(filter(Path.is_dir, test.glob("[!.]*"))):
         good, images = kind.name.lower() == "good", images_in(kind)
         if not images and any(not path.name.startswith(".") for path in kind.iterdir()):
             raise InputError(f"{kind}: holds files or folders, but no photos; put the photos "
@@ -204,27 +192,22 @@ def folder_layout(folder: Path, category: str) -> list[Photo]:
     return photos
 
 
-def visa_layout(root: Path, category: str, table: Path, seed: int) -> list[Photo]:
-    """VisA, by split_csv/1cls.csv (object, split, label, image, mask) or, without it, by the
-    category's image_anno.csv (image, label, mask). That one has no splits: as in VisA's own table,
-    a tenth of the normal photos, here drawn with the seed, is for testing, with all anomalies."""
-    split_given, photos = table.name == "1cls.csv", {}
-    columns = {"image", "label", "mask"} | ({"object", "split"} if split_given else set())
+def visa_layout(root: Path, category: str, table: Path) -> list[Photo]:
+    """VisA, by its table split_csv/1cls.csv."""
+    columns, photos = ("object", "split", "label", "image", "mask"), {}
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (UnicodeDecodeError, csv.Error):
         rows = []
     if not rows or any(row.get(column) is None for row in rows for column in columns):
-        raise InputError(f"{table}: not VisA's table of {', '.join(sorted(columns))}; unpack VisA "
-                         "again")
+        raise InputError(f"{table}: not VisA's table of {', '.join(columns)}; unpack VisA again")
     for row in rows:
-        if row.get("object", category) != category:
+        if row["object"] != category:
             continue
-        name, good, split = Path(row["image"]), row["label"] == "normal", row.get("split", "test")
+        name, good, split = Path(row["image"]), row["label"] == "normal", row["split"]
         path, mask = root / name, root / row["mask"]
-        inside = name.parts[:1] == (category,) and ".." not in name.parts
-        if not inside or not path.is_file() or path in photos:
+        if name.parts[:1] != (category,) or not path.is_file() or path in photos:
             raise InputError(f"{table}: lists {name}, which is missing under {root} or listed "
                              "twice; unpack VisA again")
         if split not in ("train", "test") or (split == "train" and not good):
@@ -232,10 +215,6 @@ def visa_layout(root: Path, category: str, table: Path, seed: int) -> list[Photo
                              "photo; unpack VisA again")
         masks = (mask,) if not good and mask.is_file() else ()
         photos[path] = Photo(path, category, split, "good" if good else row["label"], masks)
-    if not split_given:
-        normal = sorted(path for path, photo in photos.items() if not photo.label)
-        for path in hold_out(normal, f"test {category} {seed}")[0]:
-            photos[path] = Photo(path, category, "train")
     return list(photos.values())
 
 
@@ -264,15 +243,13 @@ def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
     there = root.is_dir() if asked == ["all"] else all((root / name).is_dir() for name in asked)
     if not folder and not there:
         root = Path("data/rendered")
-        names = list(SCENES) if asked == ["all"] else asked
-        missing = [name for name in names if not (root / name).is_dir()]
-        if missing:
-            print("data: none given, so the rendered twin of MVTec LOCO is drawn", flush=True)
-        for name in missing:
-            try:
-                render(root, name)
-            except TwinError as error:
-                raise InputError(str(error)) from None
+        for name in SCENES if asked == ["all"] else asked:
+            if not (root / name).is_dir():
+                print(f"data: none given, so the rendered twin of {name} is drawn", flush=True)
+                try:
+                    render(root, name)
+                except TwinError as error:
+                    raise InputError(str(error)) from None
     return root, list_categories(root) if asked == ["all"] else asked
 
 
@@ -288,26 +265,24 @@ def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
         folder = root / category
         if Path(category).name != category or category == ".." or not folder.is_dir():
             names = list_categories(root)
-            near = difflib.get_close_matches(category, names, 1)
-            raise InputError(f"--category {category}: not in {root}; "
-                             f"{f'did you mean {near[0]}? ' if near else ''}found: "
-                             f"{', '.join(names)}")
-        photos = []
-        if not (folder / "train").is_dir():
-            for table in (root / "split_csv" / "1cls.csv", folder / "image_anno.csv"):
-                if not photos and table.is_file():
-                    photos = visa_layout(root, category, table, seed)
-        photos = photos or folder_layout(folder, category)
+            raise InputError(f"--category {category}: not in {root}; found: {', '.join(names)}")
+        table, visa = root / "split_csv" / "1cls.csv", folder / "image_anno.csv"
+        if not (folder / "train").is_dir() and (table.is_file() or visa.is_file()):
+            photos = visa_layout(root, category, table)
+        else:
+            photos = folder_layout(folder, category)
     if not any(photo.split == "validation" for photo in photos):
         train = sorted(photo.path for photo in photos if photo.split == "train")
         if len(train) < 2:
             raise InputError(f"{folder}: {len(train)} training photos; add more, one in ten is "
                              "held out for validation")
-        held = set(hold_out(train, f"validation {category} {seed}")[1])
+        tag = zlib.crc32(os.fsencode(f"validation {category} {seed}"))
+        order = np.random.default_rng(tag).permutation(len(train))
+        count = min(len(train) - 1, max(2, round(len(train) / 10)))
+        held = {train[i] for i in order[:count]}
         photos = [replace(photo, split="validation") if photo.path in held else photo
                   for photo in photos]
-    return sorted(photos, key=lambda photo: (SPLITS.index(photo.split), photo.label, photo.kind,
-                                             photo.path))
+    return sorted(photos, key=lambda p: (SPLITS.index(p.split), p.label, p.kind, p.path))
 
 
 def find_images(given: list[Path]) -> list[Path]:
@@ -329,9 +304,9 @@ def flat_names(paths: list[Path]) -> list[str]:
     shared = len(os.path.commonprefix([folders[:-1] for folders in parts]))
     names, taken = [], set()
     for part in parts:
-        name, number = "_".join(part[shared:]), 2
+        name = "_".join(part[shared:])
         while name.lower() in taken:               # some file systems do not tell A from a
-            name, number = "_".join((*part[shared:], str(number))), number + 1
+            name += "_2"
         taken.add(name.lower())
         names.append(name)
     return names
@@ -348,18 +323,16 @@ def by_category(photos: list[Photo]) -> dict[str, list[Photo]]:
 
 def count_table(photos: list[Photo]) -> str:
     """Counts of every category and split, as text."""
-    rows = [("category", "train", "validation", "test good", "test anomalies", "with mask", "")]
+    width = max([8, *(len(photo.category) for photo in photos)])
+    lines = [f"{'category':{width}}  train  validation  test good  test anomalies  with mask"]
     for category, mine in by_category(photos).items():
-        splits = Counter((photo.split, photo.label) for photo in mine)
+        n = Counter((photo.split, photo.label) for photo in mine)
         kinds = Counter(photo.kind for photo in mine if photo.label)
-        rows.append((category, splits["train", 0], splits["validation", 0], splits["test", 0],
-                     kinds.total(), sum(bool(photo.masks) for photo in mine),
-                     ", ".join(f"{kind} {n}" for kind, n in kinds.items())))
-    widths, lines = [max(len(str(row[i])) for row in rows) for i in range(6)], []
-    for row in rows:
-        cells = [f"{row[i]:>{widths[i]}}" for i in range(1, 6)]
-        lines.append("  ".join([f"{row[0]:{widths[0]}}", *cells, row[6]]).rstrip())
-    return "\n".join(lines)
+        masks = sum(bool(photo.masks) for photo in mine)
+        lines.append(f"{category:{width}}  {n['train', 0]:5}  {n['validation', 0]:10}  "
+                     f"{n['test', 0]:9}  {kinds.total():14}  {masks:9}  "
+                     + ", ".join(f"{kind} {count}" for kind, count in kinds.items()))
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def check_test_split(photos: list[Photo]):
@@ -368,9 +341,8 @@ def check_test_split(photos: list[Photo]):
     for name, mine in by_category(photos).items():
         labels = {photo.label for photo in mine if photo.split == "test"}
         if len(labels) == 1:
-            lacks = "good photos: put some in test/good"
-            if labels == {0}:
-                lacks = "anomalies: put some in test/NAME_OF_THE_DEFECT"
+            lacks = ("anomalies: put some in test/NAME_OF_THE_DEFECT" if labels == {0}
+                     else "good photos: put some in test/good")
             raise InputError(f"{name}: its test split has no {lacks}, or take the test folder away "
                              "to train without figures")
 
@@ -388,14 +360,15 @@ def count_mismatch(photos: list[Photo], root: Path) -> list[str]:
     """The categories of MVTec LOCO that have not its counts, and the splits that differ."""
     expected, lines = json.loads(REPORTED.read_text(encoding="utf-8"))["table1_images"], []
     for category, mine in by_category(photos).items():
+        if (root / category / RENDERED_MARK).exists():
+            continue
         counts = Counter(photo.split if photo.split != "test"
                          else "test_" + photo.kind.removesuffix("_anomalies") for photo in mine)
         loco = expected.get(category, {})
         wrong = ", ".join(f"{split} {counts[split]} (not {n})" for split, n in loco.items()
                           if counts[split] != n)
-        real = not (root / category / RENDERED_MARK).exists()
         anomalies = counts["test_logical"] + counts["test_structural"]
-        if wrong and real and anomalies and set(counts) <= set(loco):
+        if wrong and anomalies and set(counts) <= set(loco):
             lines.append(f"{category}: other counts than MVTec LOCO's: {wrong}; compare no figures "
                          "with the paper's")
     return lines
@@ -414,16 +387,16 @@ def missing_masks(photos: list[Photo]) -> list[str]:
 def same(photos: list[Photo]) -> list[str]:
     """Byte-identical photos in two splits. Only files that share their size with another are
     read."""
-    same_size, same_bytes = {}, {}
+    same_size, firsts, pairs = {}, {}, []
     with readable():
         for photo in photos:
             same_size.setdefault(photo.path.stat().st_size, []).append(photo)
         for group in same_size.values():
             for photo in group if len(group) > 1 else ():
                 digest = hashlib.blake2b(photo.path.read_bytes()).digest()
-                same_bytes.setdefault(digest, []).append(photo)
-    pairs = [(group[0], other) for group in same_bytes.values() for other in group
-             if other.split != group[0].split]
+                first = firsts.setdefault(digest, photo)
+                if first.split != photo.split:
+                    pairs.append((first, photo))
     if not pairs:
         return []
     first = " and ".join(f"{photo.path} ({photo.split})" for photo in pairs[0])
@@ -441,29 +414,23 @@ def load_defects(root: Path, category: str) -> dict[int, tuple[float, bool]] | N
     if not path.exists():
         return None
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        for entry in entries:
+        for entry in json.loads(path.read_text(encoding="utf-8")):
             value, share = int(entry["pixel_value"]), bool(entry["relative_saturation"])
-            defects[value] = float(entry["saturation_threshold"]), share
-            if not (1 <= value <= 255 and 0 < defects[value][0] <= (1 if share else 1e12)):
+            threshold, largest = float(entry["saturation_threshold"]), 1 if share else 1e12
+            if value in defects or not (1 <= value <= 255 and 0 < threshold <= largest):
                 raise ValueError
-        valid = len(defects) == len(entries)
+            defects[value] = threshold, share
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        valid = False
-    if not valid:
         raise InputError(f"{path}: not a list of defects, each with a pixel_value from 1 to 255 of "
                          "its own, saturation_threshold and relative_saturation; unpack the data "
-                         "set again")
+                         "set again") from None
     return defects
 
 
 def load_regions(photo: Photo, defects: dict[int, tuple[float, bool]] | None) -> list[tuple]:
-    """The photo's defects: (mask, bool (H, W) of the photo's own size; saturation area in pixels) a
-    ground-truth file.
-
-    With defects (MVTec LOCO) the saturation area is int(threshold * area) or min(threshold, area);
-    without, the area.
-    """
+    """The photo's defects, one a ground-truth file: (mask, saturation area). The mask is bool
+    (H, W) of the photo's own size. The saturation area, in pixels, is int(threshold * area) or
+    min(threshold, area), by `defects` (MVTec LOCO); without them, the area."""
     def to_values(image):          # one band as it is; of several, the colours without alpha
         return np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB"))
 
@@ -509,8 +476,6 @@ def decode(content: bytes, path: Path, use):
             return use(image)
     except UnidentifiedImageError:
         reason = "not an image, cut off at its start, or of a format that Pillow does not know"
-    except Image.DecompressionBombError:
-        reason = f"more than {2 * Image.MAX_IMAGE_PIXELS // 10**6} million pixels: make it smaller"
     except Exception as error:     # Pillow's decoders raise whatever their parsers stumble on
         reason = " ".join(str(error).split()) or type(error).__name__
     raise InputError(f"{path}: cannot be read as an image ({reason}); replace or remove it")
@@ -528,9 +493,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"values from {values.min():g} to {values.max():g}: save it with 8 or "
                              "16 bits")
         return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8)).convert("RGB")
-    if image.mode == "LAB":
-        profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
     alpha = image.mode in ("LA", "PA", "La", "RGBA", "RGBa")
     if alpha or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -546,8 +508,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def load_image(path: Path, size: int) -> np.ndarray:
-    """The photo as uint8 (size, size, 3), RGB, resized bilinearly with antialiasing. Raises
-    InputError."""
+    """The photo as RGB, uint8 (size, size, 3), resized bilinearly, antialiased. Or InputError."""
     return np.array(open_image(path).resize((size, size), Image.Resampling.BILINEAR))
 
 

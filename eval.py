@@ -39,8 +39,7 @@ LEAKS = ("LEAKS: scores standardised with mean and std of the whole test set, an
 PROTOCOL = (
     "Our protocol: {}; the last epoch, not the best on the test set; an AUROC under 50 is shown as "
     "it is; ± is the sample std over seeds. LADMIM's published code standardises over the whole "
-    "test set; HVQ-Trans's published code flips AUROCs under 50. Reported rows are the paper's, as "
-    "printed (EfficientAD's in Table 2: one for both kinds).")
+    "test set; HVQ-Trans's published code flips AUROCs under 50. Reported rows are the paper's.")
 MOVED = {"--localise": "bench/localise.py", "--maps": "bench/localise.py --maps DIR",
          "--baselines": "bench/baselines.py", "--ablation": "bench/ablations.py NAME",
          "--report": "bench/report.py"}
@@ -371,28 +370,23 @@ def error_table(records: list[dict], title: str) -> tuple:
             rows)
 
 
-def reported(figures: dict, system: str) -> Spread:
-    std = figures.get(f"{system}_std")
-    return Spread(figures[system] / 100, std and std / 100)
+def reported(figures: dict) -> Spread:
+    std = figures.get("LADMIM_std")
+    return Spread(figures["LADMIM"] / 100, std and std / 100)
 
 
 def reported_rows(records: list[dict], paper: dict) -> list[list]:
-    """The paper's rows for `auroc_table`: LADMIM's for our categories, and every system's means."""
+    """The paper's rows for `auroc_table`: LADMIM's for our categories, and its means."""
     known, rows = {r["category"] for r in records} & set(paper["categories"]), []
     for label, figures in zip(DETECTORS.values(), paper["table5_scoring_ablation"].values()):
-        cells = [reported(figures, name) for name in (*KINDS, "average")]
-        rows.append(["mean of 5", label, "LADMIM, Table 5", "reported", "–", "–", *cells])
-    for number, key, trained in ((2, "table2_single_class", "each alone"),
-                                 (3, "table3_multi_class", "all")):
-        table = paper[key]
-        asked = [(category, "LADMIM") for category in sorted(known)]
-        asked += [("average", system) for system in table["overall"] if "_std" not in system]
-        for category, system in asked:
-            cells = [reported(table[kind][category], system) for kind in KINDS]
-            mean = category == "average"
-            cells.append(reported(table["overall"], system) if mean else None)
-            rows.append(["mean of 5" if mean else category, "both", f"{system}, Table {number}",
-                         "reported", trained, "–", *cells])
+        cells = [Spread(figures[name] / 100) for name in (*KINDS, "average")]
+        rows.append(["mean of 5", label, "Table 5", "reported", "–", "–", *cells])
+    for name, trained in (("table2_single_class", "each alone"), ("table3_multi_class", "all")):
+        table, about = paper[name], ["both", f"Table {name[5]}", "reported", trained, "–"]
+        for category in sorted(known):
+            rows.append([category, *about, *(reported(table[k][category]) for k in KINDS), None])
+        means = [reported(table[kind]["average"]) for kind in KINDS]
+        rows.append(["mean of 5", *about, *means, reported(table["overall"])])
     return rows if known else []
 
 

@@ -371,7 +371,7 @@ class ViT(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
 
     def forward(self, h0, mask):
-        """Equations 8 to 10. h0 (B, N, d0), mask (M, N) for all images or (B, M, N) bool -> logits
+        """Equations 8 and 9. h0 (B, N, d0), mask (M, N) for all images or (B, M, N) bool -> logits
         (B, M, L, K) of the histogram, or with another target (B, M, N, C) for every token."""
         x = self.embed(h0)[:, None]                                  # (B, 1, N, width)
         mask = mask.expand(len(h0), *mask.shape[-2:])                # (B, M, N)

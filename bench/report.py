@@ -4,13 +4,12 @@
     python bench/report.py RUN_OR_FOLDER ... --out FILE
 
 The file has no scripts and asks for nothing from elsewhere. Of each category it shows the run with
-the lowest seed: score histograms, every test photo with both maps, the worst mistakes with the mask
-that saw most (the paper's Figure 5), and the codes of all levels (Figure 4).
+the lowest seed: score histograms, every test photo with both maps, and the worst mistakes with the
+mask that saw most and its histograms (the paper's Figure 5).
 """
 from __future__ import annotations
 
 import base64
-import colorsys
 import html
 import io
 import sys
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ladmim  # noqa: E402
-from backbone import FIELD, overlay, token_centres  # noqa: E402
+from backbone import overlay  # noqa: E402
 from bench.localise import tested_photos  # noqa: E402
 from data import InputError  # noqa: E402
 
@@ -127,14 +126,6 @@ def histogram_plot(p, q) -> Image.Image:
     return image
 
 
-def code_map(codes, count: int) -> Image.Image:
-    """codes (g, g) -> a colour for each of `count` codes, neighbours in number far apart in hue."""
-    colours = [colorsys.hsv_to_rgb(i * 0.618 % 1, 0.55 + 0.45 * (i % 3) / 2, 0.95 - 0.4 * (i % 2))
-               for i in range(count)]
-    image = Image.fromarray((255 * np.array(colours)[codes]).astype(np.uint8))
-    return image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
-
-
 # One category
 
 @dataclass
@@ -215,38 +206,6 @@ def mistakes(detector: ladmim.Detector, judged: list[Judged], threshold: float) 
     return figures
 
 
-def code_figures(detector: ladmim.Detector, judged: list[Judged]) -> list[str]:
-    """The paper's Figure 4: the codes of a good photo and an anomaly, patches that share a code."""
-    cfg = detector.cfg
-    good = [photo for photo in judged if not photo.label][-8:]
-    shown = [*good, next(photo for photo in judged if photo.label)]
-    images = np.stack([data.load_image(photo.path, cfg.image_size) for photo in shown])
-    _, codes = detector.hvq(detector.look(images)[0])
-    codes = codes.unflatten(-1, (cfg.grid, cfg.grid)).numpy()                   # (n, L, g, g)
-    figures = []
-    for words, i in (("a good photo", 0), ("an anomaly", -1)):
-        pictures = [picture(shown[i].thumbnail(), words, "jpeg")]
-        pictures += [picture(code_map(level, cfg.codes), "codes") for level in codes[i]]
-        figures.append(figure(pictures, f"{words}: codes of levels 1 to {cfg.levels}"))
-    for level in range(cfg.levels):
-        of_good = codes[:-1, level]                  # (n - 1, g, g)
-        code = np.bincount(of_good.ravel()).argmax()
-        figures.append(figure(patches(images, of_good == code, cfg.image_size),
-                              f"level {level + 1}: patches with code {code}, its most frequent"))
-    return figures
-
-
-def patches(images, chosen, image_size: int) -> list[str]:
-    """12 of the patches that tokens see; chosen (n, g, g): which tokens."""
-    starts = (token_centres(image_size, chosen.shape[1]) - FIELD / 2).astype(int)
-    pictures = []
-    for i, row, column in np.random.default_rng(0).permutation(np.argwhere(chosen))[:12]:
-        y, x = starts[row], starts[column]
-        crop = Image.fromarray(images[i, y:y + FIELD, x:x + FIELD])
-        pictures.append(picture(crop.resize((64, 64)), "patch", "jpeg"))
-    return pictures
-
-
 @torch.inference_mode()
 def category_section(scored: evaluation.ScoredRun, category: str) -> str:
     judged, threshold, scores = judge(scored, category)
@@ -254,7 +213,6 @@ def category_section(scored: evaluation.ScoredRun, category: str) -> str:
     cards = [card(photo, rank, detector.cfg.image_size) for rank, photo in enumerate(judged, 1)]
     return (f"<h3>Scores</h3>{grid([scores])}"
             f"<h3>Worst mistakes</h3>{grid(mistakes(detector, judged, threshold))}"
-            f"<h3>Codes</h3>{grid(code_figures(detector, judged))}"
             f"<details><summary>All {len(judged)} test photos by score: photo, structural map, "
             f"logical map; wrong verdicts framed</summary>{grid(cards)}</details>")
 

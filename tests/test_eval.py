@@ -252,21 +252,19 @@ def test_real_loco_stands_beside_the_paper(tmp_path, capsys):
     main(["--runs", str(tmp_path / "runs")])
     out = capsys.readouterr().out
     rows = reported_lines(out)
-    single = [row for row in rows if "Table 2" in row[2]]
-    assert [row[4] for row in single] == ["each alone"] * 16
-    assert [[row[0], *row[6:]] for row in single if row[2] == "LADMIM, Table 2"] == [
+    single = [row for row in rows if row[2] == "Table 2"]
+    assert {row[4] for row in single} == {"each alone"}
+    assert [[row[0], *row[6:]] for row in single] == [
         ["breakfast_box", "86.2 ± 0.8", "81.0 ± 0.8", "–"],
         ["juice_bottle", "99.0 ± 0.2", "98.8 ± 0.3", "–"],
         ["pushpins", "73.5 ± 0.7", "85.9 ± 1.5", "–"],
         ["screw_bag", "58.1 ± 3.8", "86.7 ± 0.8", "–"],
         ["splicing_connectors", "88.0 ± 0.8", "90.0 ± 1.1", "–"],
         ["mean of 5", "80.9 ± 0.7", "88.5 ± 0.5", "84.7 ± 0.6"]]
-    assert ["mean of 5", "both", "PatchCore, Table 2", "reported", "each alone", "–", "74.0",
-            "89.3", "81.7"] in single
-    multi = [row for row in rows if "Table 3" in row[2]]
-    assert [row[4] for row in multi] == ["all"] * 8
-    assert multi[0] == ["breakfast_box", "both", "LADMIM, Table 3", "reported", "all", "–",
-                        "86.5 ± 0.6", "81.5 ± 1.3", "–"]
+    multi = [row for row in rows if row[2] == "Table 3"]
+    assert len(multi) == 6
+    assert multi[0] == ["breakfast_box", "both", "Table 3", "reported", "all", "–", "86.5 ± 0.6",
+                        "81.5 ± 1.3", "–"]
     assert "my_part" not in {row[0] for row in rows}
     assert "my_part" in {row[0] for row in auroc_lines(out)}
     assert out.startswith("Our protocol: scores standardised with mean and population std of the "
@@ -297,7 +295,7 @@ def test_each_detector_alone_is_the_mean_over_categories_beside_table_5(tmp_path
         assert [row[0] for row in rows[1:]] == [*CATEGORIES[:2], "mean of 2"]
         assert rows[3] == ["mean of 2", "tiny", "abc1234", "each alone", "1",
                            *(f"{100 * v:.1f}" for v in (*means, sum(means) / 2))]
-    table5 = [row for row in reported_lines(out) if "Table 5" in row[2]]
+    table5 = [row for row in reported_lines(out) if row[2] == "Table 5"]
     assert [row[:2] for row in table5] == [["mean of 5", label]
                                            for label in ("HVQ alone", "MIM alone", "both")]
     assert table5[2][6:] == ["83.1", "90.3", "86.6"]
@@ -355,7 +353,6 @@ def test_standardise_test_heads_every_table(tmp_path, capsys):
     expected = oracle(rows, "breakfast_box", "test")[0]["logical_anomalies"]["both"]
     assert auroc_lines(out)[1][5] == f"{100 * expected:.1f}"
     report = json.loads((tmp_path / "runs/eval.json").read_text())
-    assert report["standardise"] == "test"
     assert all(table["banner"].startswith("LEAKS") for table in report["tables"])
     main(["--runs", str(tmp_path / "runs")])
     assert "LEAKS" not in capsys.readouterr().out

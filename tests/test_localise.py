@@ -5,13 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import QUICK, command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 from test_eval import lines_of
-from test_ladmim import QUICK, command
 
 import data
 import eval as evaluation
@@ -127,8 +127,8 @@ def test_components_equal_scipys(height, width, share, seed):
                                                  (24, 7, 5)])
 def test_a_map_lies_where_the_backbone_looked(grid, height, width):
     """Closed form: tokens that hold their own centre's coordinate give each pixel's coordinate
-    back, between the outermost centres. Position i of the backbone sees pixels 4i to 4i + 32; a token is
-    the mean of 48 / grid positions."""
+    back, between the outermost centres. Position i of the backbone sees pixels 4i to 4i + 32; a
+    token is the mean of 48 / grid positions."""
     each = 48 // grid
     centre = np.array([np.mean([4 * i + 16.5 for i in range(each * j, each * (j + 1))])
                        for j in range(grid)])

@@ -32,7 +32,7 @@ class Scene:
         return np.asarray(points, float) @ self.pose[:, :2].T + self.pose[:, 2]
 
 
-# Points and shapes
+# Points
 
 def turned(points, angle, centre=(0, 0), squeeze=1):
     """Points about the origin, turned by `angle` degrees and moved to `centre`. Our photos are
@@ -41,20 +41,18 @@ def turned(points, angle, centre=(0, 0), squeeze=1):
     return np.asarray(points) @ np.array([[c, s], [-s, c]]) * (squeeze, 1) + centre
 
 
-def curve(start, control, end):
-    """(24, 2) points of a quadratic Bezier curve."""
-    start, control, end = np.asarray(start), np.asarray(control), np.asarray(end)
-    t = np.linspace(0, 1, 24)[:, None]
-    return (1 - t) ** 2 * start + 2 * t * (1 - t) * control + t ** 2 * end
-
-
-CIRCLE = np.array([(np.cos(t), np.sin(t)) for t in np.linspace(0, 2 * np.pi, 60, endpoint=False)])
+def circle(n):
+    """(n, 2) points of the unit circle."""
+    t = np.linspace(0, 2 * math.pi, n, endpoint=False)
+    return np.stack([np.cos(t), np.sin(t)], 1)
 
 
 def slab(w, h):
     """Outline of a w x h rectangle with round corners, about the origin."""
-    return np.sign(CIRCLE) * np.abs(CIRCLE) ** 0.25 * (w / 2, h / 2)
+    return np.sign(circle(60)) * np.abs(circle(60)) ** 0.25 * (w / 2, h / 2)
 
+
+# Shapes
 
 def polygon(scene, points):
     shape = Image.new("L", (scene.side, scene.side))
@@ -79,15 +77,13 @@ def ellipse(scene, centre, rx, ry, angle=0.0, wobble=0.0):
     r = np.ones_like(t)
     for k in (2, 3, 5) if wobble else ():
         r += wobble / k * scene.rng.normal() * np.cos(k * t + scene.rng.uniform(0, 2 * math.pi))
-    outline = np.stack([rx * r * np.cos(t), ry * r * np.sin(t)], 1)
+    outline = np.stack([rx * r, ry * r], 1) * circle(64)
     return polygon(scene, turned(outline, angle, centre))
 
 
 def box(scene, centre, w, h, angle=0.0, radius=0.0):
     """Rectangle of width w and height h, its corners rounded by `radius`."""
-    steps = np.linspace(0, 2 * math.pi, 32, endpoint=False)
-    t = steps if radius else np.radians((225, 315, 45, 135))
-    corner = np.stack([np.cos(t), np.sin(t)], 1)
+    corner = circle(32)
     outline = np.sign(corner) * (w / 2 - radius, h / 2 - radius) + radius * corner
     return polygon(scene, turned(outline, angle, centre))
 
@@ -111,13 +107,7 @@ def minus(shape, *others):
 
 def soft(shape, radius):
     """The shape with its rim blurred over `radius` pixels of a 512 pixel canvas."""
-    x0, y0, x1, y1 = shape.getbbox() or (0, 0, 1, 1)
-    radius = radius * shape.width / 512
-    reach, result = math.ceil(3 * radius), Image.new("L", shape.size)
-    bounds = (max(x0 - reach, 0), max(y0 - reach, 0),
-              min(x1 + reach, shape.width), min(y1 + reach, shape.height))
-    result.paste(shape.crop(bounds).filter(ImageFilter.GaussianBlur(radius)), bounds[:2])
-    return result
+    return shape.filter(ImageFilter.GaussianBlur(radius * shape.width / 512))
 
 
 def scatter(scene, shape, pitch):
@@ -147,18 +137,6 @@ def noise(rng, height, width, scale):
     return stretched(coarse, math.ceil(columns * scale), math.ceil(rows * scale))[:height, :width]
 
 
-def soften(height, radius):
-    """Blurs a float array (height, width) with three box filters: about a Gaussian of deviation
-    `radius`. An 8-bit blur has steps of 1/255, and the gradient would show them as rings."""
-    half = max(1, round(radius))
-    for axis in (0, 1) * 3:
-        pad = [(half + 1, half) if a == axis else (0, 0) for a in (0, 1)]
-        total = np.cumsum(np.pad(height, pad), axis=axis, dtype=np.float32)
-        total, n = np.moveaxis(total, axis, 0), height.shape[axis]
-        height = np.moveaxis((total[2 * half + 1:] - total[:n]) / (2 * half + 1), 0, axis)
-    return height
-
-
 def background(scene, colour, grain, scale=3.0, blotch=0.03):
     """Fills the photo with one colour (three values, 0 to 1), fine grain and slow blotches."""
     n = scene.side
@@ -167,13 +145,33 @@ def background(scene, colour, grain, scale=3.0, blotch=0.03):
     scene.photo = (tone * np.asarray(colour, np.float32)[:, None, None]).transpose(1, 2, 0)
 
 
+def soften(height, radius):
+    """Blurs a float array (height, width) with three box filters: about a Gaussian of deviation
+    `radius`. An 8-bit blur has steps of 1/255, and the gradient would show them as rings."""
+    half = max(1, round(radius))
+    width = 2 * half + 1
+    for _ in range(6):               # along the rows and the columns in turn
+        total = np.cumsum(np.pad(height, [(half + 1, half), (0, 0)]), axis=0, dtype=np.float32)
+        height = ((total[width:] - total[:-width]) / width).T
+    return height
+
+
+def relief(shape, radius):
+    """A shape as a rounded body, its rim about `radius` pixels wide -> how much each place faces
+    the light from the upper left, and its height. Both are smaller than the shape."""
+    step = max(1, int(radius / 4))               # a wide blur needs only every step-th pixel
+    height = soften(np.asarray(shape.reduce(step), np.float32) / 255, radius / step)
+    dy, dx = np.gradient(height)
+    return (dx + 1.2 * dy) * radius / step, height
+
+
 def stamp(scene, shape, colour, grain=0.05, scale=4.0, bulge=0.0, gloss=0.0, shadow=0.0, alpha=1.0):
     """Paints a shape into the photo. Only its surroundings are touched: small shapes are cheap.
 
     colour: three values, 0 to 1. grain: relative deviation of the texture. scale: the texture's
-    size in pixels of a 512 pixel canvas. bulge: how strongly the rim is shaded, as of a rounded
-    body lit from the upper left; the rim is wider on a larger shape. gloss: strength of the
-    highlight. shadow: darkness of the drop shadow. alpha: opacity.
+    size in pixels of a 512 pixel canvas. bulge: how strongly the rim is shaded; the rim is wider
+    on a larger shape. gloss: strength of the highlight. shadow: darkness of the drop shadow.
+    alpha: opacity.
     """
     bounds = shape.getbbox()
     if bounds is None:
@@ -191,21 +189,16 @@ def stamp(scene, shape, colour, grain=0.05, scale=4.0, bulge=0.0, gloss=0.0, sha
         here *= 1 - shadow / 255 * np.asarray(fallen, np.float32) * (1 - cover)
     tone = np.ones((h, w), np.float32)
     if grain:
-        tone = 1 + grain * noise(scene.rng, h, w, scale * unit)
+        tone += grain * noise(scene.rng, h, w, scale * unit)
     if bulge or gloss:
-        radius = max(1.5, min(bounds[2] - bounds[0], bounds[3] - bounds[1]) / 6)
-        step = max(1, int(radius / 4))           # a wide blur needs only every step-th pixel
-        height = soften(np.asarray(shape.reduce(step), np.float32) / 255, radius / step)
-        dy, dx = np.gradient(height)
-        lit = (dx + 1.2 * dy) * radius / step                        # > 0: faces the light
+        rim = max(1.5, min(bounds[2] - bounds[0], bounds[3] - bounds[1]) / 6)
+        lit, height = relief(shape, rim)
         tone *= stretched(1 + bulge * 0.8 * np.tanh(lit / 0.8), w, h)
     paint = tone * np.asarray(colour, np.float32)[:, None, None]
     if gloss:
         shine = np.exp(-((lit / (lit.max() + 1e-6) - 0.6) / 0.25) ** 2)
         paint += stretched(gloss * shine * height, w, h)
-    paint -= here
-    paint *= alpha * cover
-    here += paint
+    here += alpha * cover * (paint - here)
 
 
 def develop(scene, size):

@@ -1,0 +1,220 @@
+"""train and predict as a user types them."""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TRAIN, checkpoint, command, make_photos, one_error, score_rows, trains
+from PIL import Image
+
+import data
+import ladmim
+
+
+def as_process(file, *args, cwd):
+    return subprocess.run([sys.executable, file, *args], cwd=cwd, capture_output=True, text=True)
+
+
+# train
+
+def test_train_writes_a_whole_run(trained):
+    folder, result = trained
+    run = folder / "run"
+    config = json.loads((run / "config.json").read_text())
+    assert config["category"] == "widgets" and config["data"] == "photos"
+    assert config["rendered"] is False and config["grid"] == 4 and config["seed"] == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["hvq"] * 3 + ["mim"] * 3 + ["score"]
+    assert all(len(line["codes_used"]) == len(line["perplexity"]) == 4 for line in lines[:3])
+    rows = score_rows(run)
+    assert len(rows) == 16 and sum(row["split"] == "validation" for row in rows) == 4
+    assert {row["path"].split("/")[0] for row in rows} == {"widgets"}
+    total = np.array([float(row["score"]) for row in rows if row["split"] == "validation"])
+    assert abs(total.mean()) < 1e-6                  # standardised on these and on nothing else
+    assert "widgets" in result.stdout and "logical" in result.stdout
+
+
+def test_scores_csv_holds_raw_scores_and_the_standardised_sum(trained):
+    run = trained[0] / "run"
+    (mean_hvq, std_hvq), (mean_mim, std_mim) = (
+        checkpoint(run)["calibration"]["widgets"][name] for name in ("hvq", "mim"))
+    rows = score_rows(run)
+    validation = [[float(row["s_hvq"]), float(row["s_mim"])] for row in rows
+                  if row["split"] == "validation"]
+    np.testing.assert_allclose(np.mean(validation, 0), (mean_hvq, mean_mim), rtol=1e-5, atol=1e-6)
+    for row in rows:
+        expected = ((float(row["s_hvq"]) - mean_hvq) / std_hvq
+                    + (float(row["s_mim"]) - mean_mim) / std_mim)
+        assert float(row["score"]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("train, validation", [(3, 0), (4, 0), (1, 3), (2, 1)])
+def test_hardly_any_photos_give_scores_that_are_numbers(tmp_path, train, validation):
+    make_photos(tmp_path / "photos", train=train, validation=validation)
+    assert "structural" in trains("--out", "run", cwd=tmp_path).stdout
+    rows = score_rows(tmp_path / "run")
+    assert max(abs(float(row["score"])) for row in rows if row["kind"] == "good") < 1e6
+    predicted = command("predict", "photos/widgets/test", "--run", "run", "--json", cwd=tmp_path)
+    scores = [json.loads(line)["score"] for line in predicted.stdout.splitlines()]
+    assert len(scores) == 12 and all(map(math.isfinite, scores))
+
+
+def test_a_test_split_without_anomalies_is_refused_and_none_at_all_is_not(tmp_path):
+    make_photos(tmp_path / "photos", bad=0)
+    result = command(*TRAIN, "--out", "run", cwd=tmp_path)
+    assert "no anomalies" in one_error(result) and len(result.stderr.splitlines()) == 1
+    shutil.rmtree(tmp_path / "photos/widgets/test")
+    trains("--out", "run", cwd=tmp_path)
+    assert len(score_rows(tmp_path / "run")) == 4
+
+
+@pytest.mark.parametrize("args, names", [
+    (["--category", "widgit"], "widgets"),
+    (["--category", "widgets", "--data", "nowhere"], "nowhere"),
+    (["--category", "widgets", "--device", "cuda"], "--device"),
+    (["--category", "widgets", "--preset", "huge"], "--preset"),
+    (["--category", "widgets", "--pdn", "none.pt"], "--pdn"),
+    (["--category", "widgets", "--hvq-epochs", "-1"], "--hvq-epochs"),
+    (["--category", "widgets", "--grid", "7"], "--grid"),
+    (["--category", "widgets", "--masks", "0"], "--masks"),
+    (["--category", "widgets", "--hvq-lr", "nan"], "--hvq-lr"),
+    (["--category", "widgets", "--hvq-heads", "5"], "--hvq-heads"),
+    (["--category", "widgets", "--score-ratio", "1.5"], "--score-ratio"),
+    (["--category", "empty"], "empty"),
+    (["--category", "widgets", "--seeds", "4-0"], "--seeds"),
+    (["--category", "widgets", "--seed", "-1"], "--seed"),
+    (["--category", "widgets", "--seed", "1" * 30], "--seed"),
+    (["--category", "widgets", "--seeds", "0,x"], "--seeds"),
+    (["--category", "widgets", "--seeds", "0-1", "--out", "one"], "--out"),
+    ([], "--category"),
+])
+def test_every_mistake_is_one_line_and_exit_code_2(trained, tmp_path, args, names):
+    if torch.cuda.is_available() and "cuda" in args:
+        pytest.skip("this machine has the GPU whose absence is tested")
+    (tmp_path / "photos/empty/train/good").mkdir(parents=True)
+    (tmp_path / "photos/widgets").symlink_to(trained[0] / "photos/widgets")
+    if "--data" not in args:
+        args = [*args, "--data", "photos"]
+    result = command("train", *args, cwd=tmp_path)
+    assert result.returncode == 2 and names in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# predict
+
+def test_predict_agrees_with_scores_csv(trained, tmp_path):
+    """Its structural and logical scores are standardised, those of scores.csv are not."""
+    folder, _ = trained
+    result = command("predict", "photos/widgets/test", "--run", "run", "--json", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    rows = {f"photos/{row['path']}": row for row in score_rows(folder / "run")}
+    normal = checkpoint(folder / "run")["calibration"]["widgets"]
+    assert len(lines) == 12
+    for line in lines:
+        assert list(line) == ["path", "verdict", "score", "threshold", "structural", "logical",
+                              "decided"]
+        row = rows[line["path"]]
+        for key, name in (("structural", "hvq"), ("logical", "mim")):
+            mean, std = normal[name]
+            expected = (float(row[f"s_{name}"]) - mean) / std
+            assert line[key] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+        assert line["score"] == pytest.approx(float(row["score"]), rel=1e-3, abs=1e-3)
+        assert line["score"] == pytest.approx(line["structural"] + line["logical"], abs=3e-4)
+        assert line["threshold"] == pytest.approx(normal["threshold"], abs=1e-4)
+        assert line["verdict"] == ("anomaly" if line["score"] > line["threshold"] else "good")
+        larger = max("structural", "logical", key=line.get)
+        assert line["decided"] == larger
+
+
+def test_predicts_lines_say_what_json_says(trained):
+    folder, _ = trained
+    asked = ("predict", "photos/widgets/test", "--run", "run")
+    plain, as_json = (command(*asked, *more, cwd=folder).stdout.splitlines()
+                      for more in ((), ("--json",)))
+    for text, line in zip(plain, map(json.loads, as_json), strict=True):
+        verdict, score = text.split()[:2]
+        assert verdict == line["verdict"] and float(score) == pytest.approx(line["score"], abs=0.01)
+        assert text.endswith(line["path"])
+        assert f"(structural {line['structural']:.2f}, logical {line['logical']:.2f})" in text
+
+
+def test_heat_maps_show_the_photo_the_map_beside_it_and_the_verdict_below(trained, tmp_path):
+    folder, _ = trained
+    maps = tmp_path / "maps"
+    result = command("predict", "photos/widgets/test", "--run", "run", "--heatmap", maps,
+                     cwd=folder)
+    assert result.returncode == 0, result.stderr
+    names = [f"{kind}_{i:03}" for kind in ("good", "logical_anomalies", "structural_anomalies")
+             for i in range(4)]
+    assert sorted(path.stem for path in maps.iterdir()) == names
+    for name in names:
+        kind, number = name.rsplit("_", 1)
+        photo = np.asarray(Image.open(folder / f"photos/widgets/test/{kind}/{number}.png"))
+        sheet = np.asarray(Image.open(maps / f"{name}.png").convert("RGB"))
+        assert sheet.shape == (64 + 2 * 16, 2 * 64 + 8, 3)
+        assert np.array_equal(sheet[:64, :64], photo)
+        assert (sheet[:64, 64:72] == 255).all() and sheet[64:].min() < 128
+    redder = []                                      # the right side, of a structural anomaly
+    for i in range(4):
+        sheet = np.asarray(Image.open(maps / f"structural_anomalies_{i:03}.png").convert("RGB"))
+        redder.append((sheet[:64, 72:, 0].astype(int) - sheet[:64, :64, 0]).max())
+    assert max(redder) > 50
+
+
+def test_heat_maps_are_not_drawn_among_the_photos(trained):
+    folder, _ = trained
+    result = command("predict", "photos/widgets/test/good", "--run", "run", "--heatmap",
+                     "photos/widgets/test/good", cwd=folder)
+    assert "holds the photos themselves" in one_error(result)
+
+
+def test_predict_goes_on_past_a_bad_photo(trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    good = folder / "photos/widgets/test/good/000.png"
+    result = command("predict", tmp_path / "bad.png", good, "--run", folder / "run")
+    assert result.returncode == 1 and "bad.png" in result.stderr
+    assert len(result.stdout.splitlines()) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="pipes close in another way")
+def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
+    """As with `| head`: the first line is read, and nobody reads the others."""
+    photos = ["photos/widgets/test"] * 40            # more than the pipe and the buffers hold
+    process = subprocess.Popen([sys.executable, "-u", ladmim.__file__, "predict", *photos, "--run",
+                                "run"], cwd=trained[0], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline().split()[0] in ("good", "anomaly")
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
+# Commands
+
+def test_the_command_line_as_a_process(tmp_path):
+    result = as_process(ladmim.__file__, "predict", "x.png", "--run", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: --run nowhere")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_commands_that_moved_name_the_new_one(tmp_path):
+    """distill and render were commands of ladmim.py and data.py."""
+    moved = command("distill", "--images", "photos", cwd=tmp_path)
+    assert moved.returncode == 2 and moved.stdout == ""
+    assert moved.stderr.startswith("error: ") and "python weights/distill.py" in moved.stderr
+    assert len(moved.stderr.splitlines()) == 1
+    rendered = as_process(data.__file__, "render", "--out", "twin", cwd=tmp_path)
+    assert rendered.returncode == 2 and rendered.stdout == ""
+    assert rendered.stderr.startswith("error: ") and "python twin/render.py" in rendered.stderr
+    assert len(rendered.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+    root = Path(ladmim.__file__).parent
+    assert (root / "weights/distill.py").is_file() and (root / "twin/render.py").is_file()

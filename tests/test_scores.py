@@ -1,0 +1,173 @@
+"""Errors, scores and maps against plain loops; what is normal."""
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_ladmim import SMALL, features, models
+
+import ladmim
+import whitened
+from runs import seeded
+
+
+def scored(cfg, h0, normal=None, **options):
+    """What `judge` finds in photos with features h0."""
+    hvq, mim = models(cfg)
+    masks = ladmim.draw_masks(cfg, 5, seeded(0), scoring=True)
+    errors = ladmim.errors(hvq, mim, cfg, h0, masks, **options)
+    return ladmim.judge(cfg, ladmim.kept_errors(cfg, errors), masks, normal or {})
+
+
+def test_scores_do_not_depend_on_the_batch_or_the_memory_budget():
+    h0 = features(7)
+    whole, tight = scored(SMALL, h0), scored(SMALL, h0, budget=1)
+    single = [scored(SMALL, h0[i:i + 1]) for i in range(7)]
+    assert set(whole) == {"hvq", "mim", "hvq_map", "mim_map"}
+    for name, values in whole.items():
+        one_by_one = torch.cat([judged[name] for judged in single])
+        torch.testing.assert_close(values, one_by_one, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(values, tight[name], atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_scores_stay_near():
+    h0 = features(4)
+    whole, near = scored(SMALL, h0), scored(dataclasses.replace(SMALL, precision="bf16"), h0)
+    for name in ("hvq", "mim"):
+        torch.testing.assert_close(whole[name], near[name], rtol=0.03, atol=0.0)
+        assert not torch.equal(whole[name], near[name])
+
+
+def squared_distance(gap, normal):
+    """Of `whitening`'s result, from x less its mean."""
+    return (normal["matrix"].T @ gap).square().sum()
+
+
+def whitened_windows(residual, normal):
+    """residual (36, d0) -> S_HVQ, the tokens' distances."""
+    largest, square, tokens = [], residual.view(6, 6, -1), None
+    for side, at, (mean, std) in zip((1, 2, 6), normal["windows"], normal["largest"]):
+        far, places = [], range(7 - side)
+        for w, (i, j) in enumerate((i, j) for i in places for j in places):
+            gap = square[i:i + side, j:j + side].mean((0, 1)) - at["mean"][w]
+            of_mean, of_std = at["distance"][:, w]
+            far.append((squared_distance(gap, at) - of_mean) / of_std)
+        largest.append((max(far) - mean) / std)
+        tokens = torch.stack(far) if side == 1 else tokens
+    return max(largest), tokens
+
+
+def largest_mean_of_nine(error):
+    """error (36,); at the border there are fewer than nine tokens."""
+    square, means = error.view(6, 6), []
+    for i in range(6):
+        for j in range(6):
+            means.append(square[max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean())
+    return max(means)
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+@pytest.mark.parametrize("hvq_score, mim_score", [("mean", "mean"), ("max", "mean"),
+                                                  ("mean", "whitened"), ("whitened", "whitened")])
+def test_score_against_a_plain_loop(hvq_score, mim_score, budget):
+    cfg = dataclasses.replace(SMALL, hvq_score=hvq_score, mim_score=mim_score)
+    hvq, mim = models(cfg)
+    h0, masks = features(2), ladmim.draw_masks(cfg, 5, seeded(0), scoring=True)
+    d0 = h0.shape[-1]
+    normal = {"windows": [whitened.whitening(torch.randn(20, n, d0)) for n in (36, 25, 1)],
+              "histograms": [whitened.whitening(torch.randn(20, 1, 16)) for _ in range(4)],
+              "largest": [[1.0, 2.0], [3.0, 1.0], [0.0, 5.0]]}
+    judged = scored(cfg, h0, normal, budget=budget)
+    for b in range(2):
+        rebuilt, codes = hvq(h0[b:b + 1])
+        residual = h0[b] - rebuilt[0]
+        error = (residual ** 2).mean(-1)
+        losses, off = torch.zeros(5), torch.zeros(4, 16)
+        for m in range(5):
+            p = mim(h0[b:b + 1], masks[m:m + 1]).softmax(-1)[0, 0]
+            for level in range(4):
+                q = torch.bincount(codes[0, level][masks[m]], minlength=16) / masks[m].sum()
+                losses[m] += (p[level] - q).abs().sum()
+                off[level] += (p[level] - q) / 5
+        expected_mim, expected_hvq = losses.mean(), error.mean()
+        if mim_score == "whitened":
+            expected_mim = sum(squared_distance(x - at["mean"][0], at)
+                               for x, at in zip(off, normal["histograms"]))
+        if hvq_score == "max":
+            expected_hvq = largest_mean_of_nine(error)
+        if hvq_score == "whitened":
+            expected_hvq, error = whitened_windows(residual, normal)
+        expected = {"hvq": expected_hvq, "mim": expected_mim, "hvq_map": error}
+        for name, values in expected.items():
+            torch.testing.assert_close(judged[name][b], values, atol=1e-4, rtol=1e-4)
+        for token in range(36):
+            cover = masks[:, token]
+            expected = (losses[cover] if cover.any() else losses).mean()
+            torch.testing.assert_close(judged["mim_map"][b, token], expected)
+
+
+@pytest.mark.parametrize("target", ["code", "feature", "pixel"])
+def test_other_targets_against_a_plain_loop(target):
+    cfg = dataclasses.replace(SMALL, target=target)
+    hvq, mim = models(cfg)
+    h0, pixels = features(2), torch.randn(2, 36, 48)
+    masks = ladmim.draw_masks(cfg, 5, seeded(0), scoring=True)
+    _, codes = hvq(h0)
+    errors = ladmim.errors(hvq, mim, cfg, h0, masks, pixels, budget=1)
+    assert not errors.histogram.any()
+    for b in range(2):
+        for m in range(5):
+            output = mim(h0[b:b + 1], masks[m:m + 1])[0, 0]          # (N, L * K, d0 or 48)
+            expected = []
+            for token in masks[m].nonzero()[:, 0]:
+                if target == "code":
+                    p = output[token].double().view(4, 16).softmax(-1)
+                    right = [p[level, codes[b, level, token]] for level in range(4)]
+                    expected.append(-torch.stack(right).log().sum())
+                else:
+                    truth = (h0 if target == "feature" else pixels)[b, token]
+                    expected.append((output[token] - truth).double().pow(2).mean())
+            torch.testing.assert_close(errors.l1[b, m].double(), torch.stack(expected).mean(),
+                                       atol=1e-5, rtol=1e-5)
+
+
+def photos_with_scores(s_hvq, s_mim, seed=0):
+    """`kept_errors` of photos with these scores, as the means of their errors: (n, 9), (n, 5)."""
+    rng, kept = torch.Generator().manual_seed(seed), []
+    for scores, width in ((s_hvq, 9), (s_mim, 5)):
+        errors = torch.randn(len(scores), width, generator=rng).double()
+        kept.append(errors - errors.mean(1, keepdim=True) + scores[:, None])
+    return [kept[0], kept[1], kept[1]]
+
+
+def test_normal_is_what_the_validation_photos_show_and_survives_one_photo():
+    rng, cfg = torch.Generator().manual_seed(0), dataclasses.replace(SMALL, grid=3)
+    s_hvq = 3 + 2 * torch.randn(50, generator=rng).double()
+    s_mim = torch.randn(50, generator=rng).double() / 10 - 1
+    masks = ladmim.random_masks(5, 3, 4, 1, seeded(0))
+    masks[:, 0] = False                              # a token that no mask hides
+    kept, train = photos_with_scores(s_hvq, s_mim), photos_with_scores(s_hvq + 9, s_mim + 9)
+    normal = ladmim.learn_normal(cfg, train, kept, masks)
+    judged = ladmim.judge(cfg, kept, masks, normal)
+    s = ladmim.standardise(normal, judged)
+    a, b = s_hvq.numpy(), s_mim.numpy()
+    total = (a - a.mean()) / a.std() + (b - b.mean()) / b.std()
+    np.testing.assert_allclose(s["score"], total)
+    for name in ("hvq_map", "mim_map"):
+        mean, std = judged[name].mean(), judged[name].std(correction=0)
+        np.testing.assert_allclose(normal[name], (mean, std))
+        torch.testing.assert_close(s[name], (judged[name] - mean) / std)
+    torch.testing.assert_close(s["heat"], s["hvq_map"] + s["mim_map"])
+    expected = np.interp(0.95 * 51, range(1, 51), np.sort(total))
+    assert normal["threshold"] == pytest.approx(expected)
+
+
+def test_one_validation_photo_is_enough():
+    masks = ladmim.random_masks(5, 3, 4, 1, seeded(0))
+    lone = photos_with_scores(torch.zeros(1), torch.ones(1))         # 0: what a whitened score is
+    cfg = dataclasses.replace(SMALL, grid=3)
+    normal = ladmim.learn_normal(cfg, lone, lone, masks)
+    odd = ladmim.judge(cfg, photos_with_scores(torch.full((1,), 5.0), torch.ones(1)), masks, normal)
+    assert float(ladmim.standardise(normal, odd)["score"]) == pytest.approx(5)
+    odd = ladmim.judge(cfg, photos_with_scores(*torch.full((2, 1), 5.0)), masks, normal)
+    assert all(abs(s).max() < 1e4 for s in ladmim.standardise(normal, odd).values())
