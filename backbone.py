@@ -218,72 +218,82 @@ def cached_features(paths: list[Path], size: int, key: str, compute, shape: tupl
 
     compute: uint8 (16, size, size, 3) -> (16, N, d0); shape: (N, d0). The file is named by all the
     photos' bytes, the size, the shape and `key`, which must change with the backbone's weights: so
-    nothing stale is served. It is mapped, not read: features may be larger than the memory.
+    nothing stale is served. It is mapped, not kept: features may be larger than the memory.
     """
     about = repr((CACHE_FORMAT, key, size, shape)).encode()
     name = hashlib.blake2b(about, digest_size=20)
     for digest in data.ahead(lambda path: hashlib.blake2b(data.read(path)).digest(), paths):
         name.update(b"unreadable" if isinstance(digest, InputError) else digest)
-    file, features = cache / f"{name.hexdigest()}.npy", None
-    with suppress(OSError, ValueError):            # there is none, or it is damaged
-        features = np.load(file, mmap_mode="c")    # "c": torch wants an array it may write to
-    if features is None or features.shape != (len(paths), *shape):
+    file, reasons = cache / f"{name.hexdigest()}.features", {}
+    try:
+        features = load_features(file, (len(paths), *shape))
+    except (OSError, ValueError):                  # there is none, or it is damaged
         features = fill_cache(file, paths, size, compute, shape, progress)
-    reasons = {}
     for i in np.flatnonzero(np.isnan(features[:, 0, 0])):
         try:
             data.load_image(paths[i], size)
-            reasons[paths[i]] = f"{paths[i]}: could not be read when its features were computed"
+            reasons[paths[i]] = (f"{paths[i]}: could not be read when its features were computed; "
+                                 f"delete {file} to try again")
         except InputError as error:
             reasons[paths[i]] = str(error)
     return features, reasons
 
 
-def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], progress):
-    """Computes the features and writes them as `file`, whole or not at all."""
-    part = file.with_name(f"{file.stem}.{os.getpid()}.part")
-    features, images, done = allocate(part, (len(paths), *shape)), data.load_images(paths, size), 0
-    try:
-        for batch in data.in_batches(enumerate(images), 16):
-            good = [(i, image) for i, image in batch if not isinstance(image, InputError)]
-            features[[i for i, _ in batch]] = np.nan
-            if good:
-                rows, stack = [i for i, _ in good], [image for _, image in good]
-                stack += stack[-1:] * (16 - len(stack))    # last bits may depend on the size
-                values = np.asarray(compute(np.stack(stack)))[:len(rows)].astype(np.float16)
-                if not np.isfinite(values).all():
-                    raise InputError(f"{paths[rows[0]]} or one soon after it: the backbone gives "
-                                     "features that are not finite or beyond float16's 65504; use "
-                                     "other weights")
-                features[rows] = values
-            done += len(batch)
-            progress(done)
-        if isinstance(features, np.memmap):
-            features.flush()
-            os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+def load_features(file: Path, shape: tuple) -> np.ndarray:
+    """The features in `file`, mapped. Raises OSError or ValueError where they are not whole."""
+    features = np.memmap(file, np.float16, "c", shape=shape)   # "c": torch wants a writable array
+    with open(file, "rb") as opened:
+        opened.seek(features.nbytes)
+        if opened.read() != hashlib.blake2b(features, key=file.stem.encode()).digest():
+            raise ValueError
     return features
 
 
-def allocate(part: Path, shape: tuple) -> np.ndarray:
-    """An empty float16 array in the file `part` or, where that cannot be, in memory."""
+def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], progress):
+    """Computes the features and writes them as `file`, whole or not at all. Where it cannot be
+    written, they stay in memory."""
+    unfinished = file.with_name(f"{file.stem}.{os.urandom(4).hex()}.part")
+    digest = hashlib.blake2b(key=file.stem.encode())           # with the name: none is mistaken
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        for left in part.parent.glob("*.part"):    # by processes that were killed
-            if time.time() - left.stat().st_mtime > 86_400:
-                left.unlink()
-        features = np.lib.format.open_memmap(part, "w+", np.float16, shape)
-        if hasattr(os, "posix_fallocate"):         # a mapped page without room kills the process
-            with open(part, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.path.getsize(part))
-        return features
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for left in file.parent.glob("*.part"):    # by processes that were killed
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > 86_400:
+                    left.unlink()
+        with open(unfinished, "wb") as opened:
+            for values in compute_features(paths, size, compute, shape, progress):
+                opened.write(values.tobytes())
+                digest.update(values)
+            opened.write(digest.digest())
+        os.replace(unfinished, file)
+        return load_features(file, (len(paths), *shape))
     except OSError as error:
-        print(f"warning: {part.parent}: features cannot be kept there ({error.strerror}); going on "
+        print(f"warning: {file.parent}: features cannot be kept there ({error.strerror}); going on "
               "without", file=sys.stderr)
+    finally:
         with suppress(OSError):
-            part.unlink()
-        return np.empty(shape, np.float16)
+            unfinished.unlink()
+    computed = compute_features(paths, size, compute, shape, progress)
+    return np.concatenate([np.empty((0, *shape), np.float16), *computed])
+
+
+def compute_features(paths, size: int, compute, shape: tuple[int, int], progress):
+    """Yields the features of 16 photos, and of 16 more: (16, N, d0) float16."""
+    done = 0
+    for images in data.in_batches(data.load_images(paths, size), 16):
+        values = np.full((len(images), *shape), np.nan, np.float16)
+        good = [i for i, image in enumerate(images) if not isinstance(image, InputError)]
+        if good:
+            stack = [images[i] for i in good]
+            stack += stack[-1:] * (16 - len(stack))        # last bits may depend on the size
+            values[good] = np.asarray(compute(np.stack(stack)))[:len(good)]
+            if not np.isfinite(values[good]).all():
+                raise InputError(f"{paths[done + good[0]]} or one soon after it: the backbone "
+                                 "gives features that are not finite or beyond float16's 65504; "
+                                 "use other weights")
+        done += len(images)
+        progress(done)
+        yield values
 
 
 # A run's photos

@@ -146,8 +146,7 @@ def fork_commands(folder, entries, prepare="", in_turn=False):
     root = str(Path(ladmim.__file__).parent)
     script = FORKS.format(root=root, prepare=prepare, in_turn=in_turn)
     done = subprocess.run([sys.executable, "-c", script, json.dumps(entries)], cwd=folder,
-                          capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -163,6 +162,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def photos(trained, tmp_path):
-    """A test's own folder, where `photos` leads to the data set that all read."""
-    (tmp_path / "photos").symlink_to(trained[0] / "photos")
+    """A test's own folder, where `photos` and `cache` lead to the data set that all read and to its
+    features."""
+    for name in ("photos", "cache"):
+        (tmp_path / name).symlink_to(trained[0] / name)
     return tmp_path

@@ -1,10 +1,10 @@
-"""juice_bottle: a bottle of mango, cherry or banana juice before black. The fruit on its upper
-label is the juice's, the lower label reads 100% Juice, and the juice reaches the neck."""
+"""juice_bottle: a bottle of mango, cherry or banana juice before black. The upper label shows the
+juice's fruit, the lower one a line of print, and the juice reaches the neck."""
 from functools import partial
 
 import numpy as np
 
-from twin.drawing import (background, blob, box, common, curve, ellipse, minus, polygon, soft,
+from twin.drawing import (background, blob, box, circle, common, ellipse, minus, polygon, soft,
                           somewhere, stamp, stroke, turned, union)
 
 # Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
@@ -22,40 +22,30 @@ GLASS = np.array([                   # half width of the bottle, at a height
     (0.243, 0.62), (0.236, 0.72), (0.243, 0.82), (0.243, 0.895), (0.232, 0.92)])
 LABELS = ((0.345, 0.165), (0.33, 0.082))         # width and height of the upper and the lower one
 ICON = 0.075, 0.045                              # half width and height of its area
-
-
-def ring(x, y, rx, ry, start=0, end=360):
-    """Points along an ellipse, or along its arc between two angles in degrees."""
-    angles = np.radians(np.linspace(start, end, 13))
-    return [(x + rx * np.cos(a), y + ry * np.sin(a)) for a in angles]
-
-
-GLYPHS = {                           # a letter's lines, in a box of side 1
-    "1": [[(0.25, 0.2), (0.5, 0), (0.5, 1)], [(0.25, 1), (0.75, 1)]],
-    "0": [ring(0.5, 0.5, 0.36, 0.5)],
-    "%": [[(0.9, 0), (0.1, 1)], ring(0.2, 0.2, 0.17, 0.2), ring(0.8, 0.8, 0.17, 0.2)],
-    " ": [],
-    "J": [[(0.7, 0), (0.7, 0.75), *ring(0.45, 0.75, 0.25, 0.25, 30, 180)]],
-    "u": [[(0.15, 0.35), *ring(0.5, 0.72, 0.35, 0.28, 180, 0), (0.85, 0.35), (0.85, 1)]],
-    "i": [[(0.5, 0.35), (0.5, 1)], [(0.5, 0), (0.5, 0.08)]],
-    "c": [ring(0.5, 0.67, 0.35, 0.33, -45, -315)],
-    "e": [[(0.2, 0.67), *ring(0.5, 0.67, 0.35, 0.33, 0, -315)]]}
-TEXT = []                            # lines about the label's centre
-for k, letter in enumerate("100% Juice"):
-    for line in GLYPHS[letter]:
-        TEXT.append(np.array(line) * (0.021, 0.036) + (0.0295 * (k - 4.9), -0.018))
-
-
-def half_width(height):
-    return np.interp(height, GLASS[:, 1], GLASS[:, 0])
+LETTERS = (-0.13, -0.1, -0.07, -0.035, 0.025, 0.05, 0.075, 0.1, 0.125)       # of "100% Juice"
 
 
 def bottle_part(scene, inset, top=0.15):
     """The bottle's outline below height `top`, made narrower by `inset` on each side."""
     y = np.array([top, *GLASS[GLASS[:, 1] > top, 1]])
-    half, y = half_width(y) - inset, np.minimum(y, GLASS[-1, 1] - inset)
+    half, y = np.interp(y, GLASS[:, 1], GLASS[:, 0]) - inset, np.minimum(y, GLASS[-1, 1] - inset)
     left, right = np.stack([0.5 - half, y], 1), np.stack([0.5 + half, y], 1)
     return polygon(scene, [*left, *right[::-1]])
+
+
+def bottle(scene, colour, level):
+    """The bottle with juice of a colour up to a level, empty where that is None; returns its
+    screw thread."""
+    glass = bottle_part(scene, 0)
+    stamp(scene, glass, (0.075, 0.08, 0.085), 0.1, 8)
+    stamp(scene, minus(glass, bottle_part(scene, 0.012)), (0.22, 0.22, 0.23), 0.25, 20)
+    if level:
+        stamp(scene, bottle_part(scene, 0.016, level), colour, 0.03, 30, 0.45)
+    turns = [box(scene, (0.5, y), 0.335, 0.026, scene.rng.normal() * 0.5, 0.011)
+             for y in (0.085, 0.11, 0.135, 0.155)]
+    for turn in turns:
+        stamp(scene, turn, (0.17, 0.18, 0.20), 0.3, 14, bulge=0.9, gloss=0.3)
+    return union(*turns)
 
 
 def icon(scene, fruit, centre, angle):
@@ -63,74 +53,41 @@ def icon(scene, fruit, centre, angle):
     put = partial(turned, angle=angle, centre=centre)
     if fruit == "mango":
         body = ellipse(scene, put([(0.012, 0.008)])[0], 0.052, 0.03, angle)
-        stamp(scene, body, (0.93, 0.55, 0.10), 0.04, 4, bulge=0.5, gloss=0.15)
-        tip, stalk = (-0.065, 0), (0.025, -0.02)
-        leaf = [*curve(tip, (-0.03, -0.045), stalk), *curve(stalk, (-0.02, -0.015), tip)]
-        stamp(scene, polygon(scene, put(leaf)), (0.10, 0.30, 0.12), 0.1)
+        stamp(scene, body, (0.93, 0.55, 0.10), bulge=0.5, gloss=0.15)
+        leaf = ellipse(scene, put([(-0.02, -0.02)])[0], 0.042, 0.01, angle)
+        stamp(scene, leaf, (0.10, 0.30, 0.12), 0.1)
     elif fruit == "cherry":
-        stems = [put(curve((0.005, -0.042), (x / 2, -0.02), (x, 0.012))) for x in (-0.03, 0.032)]
-        stamp(scene, stroke(scene, 0.006, *stems), (0.20, 0.42, 0.14))
+        stems = put([(-0.03, 0.012), (0.005, -0.042), (0.032, 0.012)])
+        stamp(scene, stroke(scene, 0.006, stems), (0.20, 0.42, 0.14))
         for x in (-0.028, 0.03):
             ball = ellipse(scene, put([(x, 0.016)])[0], 0.029, 0.023, angle)
-            stamp(scene, ball, (0.62, 0.09, 0.08), 0.04, 4, bulge=0.6, gloss=0.25)
+            stamp(scene, ball, (0.62, 0.09, 0.08), bulge=0.6, gloss=0.25)
     else:
-        for y in (-0.012, 0.002, 0.016):
-            finger = put(curve((-0.058, y + 0.008), (0.01, y + 0.03), (0.04, y - 0.03)))
+        arc = circle(24)[1:11] * (0.055, 0.035)      # its lower half
+        for y in (-0.03, -0.016, -0.002):
+            finger = put(arc + (0, y))
             stamp(scene, stroke(scene, 0.021, finger), (0.30, 0.30, 0.08), 0)
             stamp(scene, stroke(scene, 0.014, finger), (0.80, 0.76, 0.15), bulge=0.3)
-        stem = put([(0.035, -0.042), (0.045, -0.046)])
-        stamp(scene, stroke(scene, 0.013, stem), (0.12, 0.13, 0.08), 0)
     return ellipse(scene, centre, *ICON, angle)
 
 
-def label(scene, paper, centre, width, height, angle, text):
-    """Prints a label, the shape `paper` with a frame, and the text where asked for."""
+def print_label(scene, paper, centre, width, height, angle, text):
+    """Prints a label, the shape `paper`, with a frame and, with text, a bar for each letter."""
     stamp(scene, paper, (0.93, 0.66, 0.25) * scene.rng.normal(1, 0.02, 3), 0.03, 3)
-    shine = common(soft(box(scene, centre, width * 0.7, height * 0.5, angle), 16), paper)
-    stamp(scene, shine, (0.96, 0.86, 0.50), 0.03)
-    outer, inner = (box(scene, centre, width * 0.92 - d, height * 0.84 - d, angle, 0.02 - d / 2)
-                    for d in (0, 0.006))
+    outer = box(scene, centre, width * 0.92, height * 0.84, angle, 0.02)
+    inner = box(scene, centre, width * 0.92 - 0.006, height * 0.84 - 0.006, angle, 0.017)
     stamp(scene, minus(outer, inner), (0.36, 0.30, 0.16))
     if text:
-        lines = (turned(line, angle, centre) for line in TEXT)
-        stamp(scene, stroke(scene, 0.0075, *lines), (0.16, 0.14, 0.11), 0)
+        bars = [turned([(x, -0.014), (x, 0.014)], angle, centre) for x in LETTERS]
+        stamp(scene, stroke(scene, 0.012, *bars, caps=False), (0.16, 0.14, 0.11), 0)
 
 
-def bottle(scene, colour, level):
-    """The bottle with juice of a colour up to a level, empty where that is None; returns its
-    screw thread."""
-    rng, glass = scene.rng, bottle_part(scene, 0)
-    stamp(scene, glass, (0.075, 0.08, 0.085), 0.1, 8)
-    stamp(scene, minus(glass, bottle_part(scene, 0.012)), (0.22, 0.22, 0.23), 0.25, 20)
-    if level:
-        filled = bottle_part(scene, 0.016, level)
-        stamp(scene, filled, colour, 0.03, 30, 0.45)
-        core = common(soft(box(scene, (0.5, 0.72), 0.34, 0.4), 30), filled)
-        stamp(scene, core, colour * 0.82, 0.02, 30, alpha=0.7)
-        surface = ellipse(scene, (0.5, level), half_width(level) - 0.016, 0.007)
-        stamp(scene, surface, colour * 0.7 + 0.12, 0.1, 3)
-    for sign in (-1, 1):             # light on the glass
-        for x, top, bottom in ((0.228, 0.42, 0.6), (0.212, 0.74, 0.88), (0.136, 0.17, 0.29)):
-            line = [(0.5 + sign * x, top), (0.5 + sign * (x + 0.003), bottom)]
-            gleam = soft(stroke(scene, 0.008, line), 2)
-            stamp(scene, gleam, (0.85, 0.87, 0.9), 0, alpha=rng.uniform(0.25, 0.55))
-        inside, middle, outside = 0.5 + sign * 0.07, 0.5 + sign * 0.19, 0.5 + sign * 0.215
-        shoulder = curve((inside, 0.40), (middle, 0.385), (outside, 0.44))
-        gleam = soft(stroke(scene, 0.014, shoulder), 3)
-        stamp(scene, gleam, (0.95, 0.95, 0.92), 0, alpha=rng.uniform(0.2, 0.4))
-    turns = [box(scene, (0.5, y), width, 0.026, rng.normal() * 0.5, 0.011)
-             for y, width in ((0.085, 0.336), (0.11, 0.32), (0.135, 0.34), (0.155, 0.332))]
-    for turn in turns:
-        stamp(scene, turn, (0.17, 0.18, 0.20), 0.3, 14, bulge=0.9, gloss=0.3)
-    return union(*turns)
-
-
-def labels(scene, fault, juice):
+def labels(scene, fault, fruit):
     """Puts both labels on, with their faults; returns their shapes and the number of the one
     that a fault of a single label hits."""
-    rng, papers, icons, fruit = scene.rng, [], [], juice
+    rng, papers, icons = scene.rng, [], []
     if fault == "wrong_icon":
-        fruit = [name for name in JUICES if name != juice][rng.integers(2)]
+        fruit = [name for name in JUICES if name != fruit][rng.integers(2)]
     heights = [0.545, 0.80][::-1 if fault == "swapped_labels" else 1] + rng.normal(size=2) * 0.003
     odd = rng.integers(2)
     for k, (width, height) in enumerate(LABELS):
@@ -143,7 +100,7 @@ def labels(scene, fault, juice):
         papers.append(box(scene, centre, width, height, angle))
         if fault == "missing_label" and k == odd:
             continue
-        label(scene, papers[k], centre, width, height, angle, text=k == 1)
+        print_label(scene, papers[k], centre, width, height, angle, text=k == 1)
         if k == 0:
             for x in {"missing_icon": (), "two_icons": (-0.075, 0.075)}.get(fault, (0,)):
                 icons.append(icon(scene, fruit, turned((x, 0.004), angle, centre), angle))
@@ -176,8 +133,6 @@ def spoil(scene, fault, papers, paper, thread, juice):
         edge = 0.5 + rng.choice((-1, 1)) * rng.uniform(0.08, 0.15), rng.uniform(0.085, 0.15)
         damage = common(blob(scene, edge, 0.025, 0.045), thread)
         stamp(scene, damage, (0.03, 0.03, 0.035), 0.2)
-        rim = minus(damage, blob(scene, edge, 0.02, 0.03))
-        stamp(scene, rim, (0.6, 0.62, 0.66), 0.3, 3, alpha=0.6)
     return damage
 
 
@@ -186,8 +141,6 @@ def paint(scene, fault=None):
     rng = scene.rng
     scene.aim(0.008, 0.7, 0.008)
     background(scene, (0.022, 0.022, 0.028), 0.1)
-    stamp(scene, soft(box(scene, (0.5, 0.99), 1.4, 0.16), 5), (0.05, 0.05, 0.055), 0.2)  # the table
-
     juice = list(JUICES)[rng.integers(3)]
     colour = UNKNOWN[rng.integers(len(UNKNOWN))] if fault == "unknown_juice" else JUICES[juice]
     colour = colour * rng.normal(1, (0.015, 0.015, 0.015)) * rng.normal(1, 0.05)

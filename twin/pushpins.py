@@ -25,22 +25,24 @@ NEEDLE = np.array([(0.05, 0), (0.10, 0), (0.155, 0)])
 NO_YELLOW = [(0.75, 0.10, 0.08), (0.12, 0.50, 0.20), (0.15, 0.25, 0.70), (0.80, 0.80, 0.78)]
 
 
+def clearest(spots, taken):
+    """The spot that is farthest from all the centres that are taken."""
+    def room(spot):
+        return min((np.linalg.norm((spot - t) / (SQUEEZE, 1)) for t in taken), default=0)
+    return max(spots, key=room)
+
+
 def pushpin(scene, low, high, taken, fault):
     """One pin at any angle between the corners low and high, clear of the centres `taken`.
     Returns its body's shape."""
-    rng = scene.rng
+    rng, needle = scene.rng, NEEDLE.copy()
     body, angle = PIN * rng.normal(1, 0.03), rng.uniform(0, 360)
     colour = np.array((0.98, 0.66, 0.04)) * rng.normal(1, 0.04)
     reach = turned(np.concatenate([body, NEEDLE]), angle, squeeze=SQUEEZE)
     spots = rng.uniform(low + 0.012 - reach.min(0), high - 0.012 - reach.max(0), (20, 2))
-
-    def room(spot):
-        return min((np.linalg.norm((spot - t) / (SQUEEZE, 1)) for t in taken), default=0)
-
-    spot = max(spots, key=room)
-    taken.append(spot)
-    put = partial(turned, angle=angle, centre=spot, squeeze=SQUEEZE)
-    shape, needle = polygon(scene, put(body)), NEEDLE.copy()
+    taken.append(clearest(spots, taken))
+    put = partial(turned, angle=angle, centre=taken[-1], squeeze=SQUEEZE)
+    shape = polygon(scene, put(body))
     if fault == "wrong_colour":
         colour = np.array(NO_YELLOW[rng.integers(4)])
         scene.regions.append(shape)
@@ -57,45 +59,35 @@ def pushpin(scene, low, high, taken, fault):
     if fault != "missing_needle":
         stamp(scene, stroke(scene, 0.0065, put(needle)), (0.50, 0.46, 0.42), grain=0.15)
     stamp(scene, shape, colour, bulge=0.45, gloss=0.25)
-    flanges = [put([(x, -0.036), (x, 0.036)]) for x in (-0.057, 0.043)]
-    flanges = common(stroke(scene, 0.009, *flanges, caps=False), shape)
-    stamp(scene, flanges, colour * 1.12, alpha=0.8)      # they catch the light
     return shape
 
 
 def clear_box(scene, fault):
-    """The empty box with its clip, rims and walls."""
+    """The empty box: its catch, its rim and its walls."""
     rng, grey, walls = scene.rng, (0.62, 0.59, 0.57), []
     for x in COLUMNS[1:-1]:
         walls += [[(x, top), (x, bottom)] for top, bottom in zip(ROWS, ROWS[1:])]
     for y in ROWS[1:-1]:
         walls += [[(left, y), (right, y)] for left, right in zip(COLUMNS, COLUMNS[1:])]
     walls = [np.array(wall) + rng.normal(0, 0.0015, (2, 2)) for wall in walls]
-    joints = [wall[0] + [(0, -0.012), (0, 0.012)] for wall in walls if wall[0].min() > 0.1]
     if fault == "missing_divider":
         scene.regions.append(stroke(scene, 0.02, walls.pop(rng.integers(len(walls)))))
-    clip = [(0.39, 0.05), (0.4, 0.012), (0.42, 0.03), (0.57, 0.03), (0.59, 0.012), (0.6, 0.05)]
-    stamp(scene, polygon(scene, clip), grey, grain=0.2, alpha=0.3)
-    catch = box(scene, (0.495, 0.033), 0.08, 0.034, radius=0.008)
+    catch = box(scene, (0.495, 0.035), 0.2, 0.04, radius=0.01)
     stamp(scene, catch, (0.3, 0.32, 0.36), bulge=0.6, alpha=0.8)
-    hinge = stroke(scene, 0.014, [(0.1, 0.982), (0.9, 0.982)])
-    stamp(scene, hinge, grey, grain=0.15, scale=25, alpha=0.3)
-    frames = [box(scene, (0.4975, 0.505), 0.945 + w, 0.89 + w, radius=0.045 + w / 2)
-              for w in (0.022, 0.014, -0.012, -0.02)]
-    stamp(scene, minus(frames[0], frames[3]), grey, grain=0, alpha=0.22)
-    rims = union(minus(frames[0], frames[1]), minus(frames[2], frames[3]))
-    rims_and_walls = union(rims, stroke(scene, 0.0095, *walls, caps=False))
-    stamp(scene, rims_and_walls, grey, grain=0.2, scale=20, alpha=0.6)
-    stamp(scene, stroke(scene, 0.02, *joints, caps=False), grey, alpha=0.6)
+    outer = box(scene, (0.4975, 0.505), 0.967, 0.912, radius=0.056)
+    inner = box(scene, (0.4975, 0.505), 0.925, 0.870, radius=0.035)
+    stamp(scene, minus(outer, inner), grey, grain=0.2, scale=20, bulge=0.5, alpha=0.45)
+    walls = stroke(scene, 0.0095, *walls, caps=False)
+    stamp(scene, walls, grey, grain=0.2, scale=20, alpha=0.6)
 
 
 def paint(scene, fault=None):
     """Draws the box: a good one, or one with a fault of LOGICAL or STRUCTURAL."""
-    rng = scene.rng
+    rng, count = scene.rng, np.ones(15, int)
     scene.aim(0.008, 0.6, 0.012)
     background(scene, (0.045, 0.045, 0.055), grain=0.06, blotch=0.2)
     clear_box(scene, fault)
-    count, order = np.ones(15, int), rng.permutation(15)     # a fault hits the first of `order`
+    order = rng.permutation(15)      # a fault hits the first of these compartments
     for cell, off in zip(order, PINS_OFF.get(fault, [])):
         count[cell] += off
     for cell in range(15):

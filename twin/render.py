@@ -2,8 +2,6 @@
 
     python twin/render.py --out DIR [--category all|NAME,NAME] [--train N ...] [--size] [--seed]
 """
-from __future__ import annotations
-
 import argparse
 import difflib
 import json
@@ -32,6 +30,9 @@ FOLDERS = {"train": "train/good", "validation": "validation/good", "test_good": 
            "test_logical": "test/logical_anomalies",
            "test_structural": "test/structural_anomalies"}
 RENDERED_MARK = "rendered.json"              # the same as data.py's: neither imports the other
+# Fresh interpreters draw: a pool would fork the caller's threads or import its program again.
+WORKER = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
+          "from twin.render import draw_share; draw_share(*json.loads(sys.argv[2]))")
 
 
 class TwinError(ValueError):
@@ -55,15 +56,12 @@ def check_category(category: str):
 
 def draw(category: str, kind: str, index: int, size: int, seed: int):
     """One photo of a kind of COUNTS -> uint8 (size, size, 3), its fault's regions, bool
-    (size, size) each, and the fault or None.
-
-    The faults of a kind take turns; the photo depends on nothing but the arguments.
-    """
+    (size, size) each, and the fault or None. It depends on nothing but the arguments."""
     check_category(category)
-    module = CATEGORIES[category]
-    by_kind = {"test_logical": list(module.LOGICAL), "test_structural": module.STRUCTURAL}
-    faults = by_kind.get(kind, [None])
-    fault = faults[index % len(faults)]
+    module, faults = CATEGORIES[category], [None]
+    if kind in ("test_logical", "test_structural"):
+        faults = list(module.LOGICAL if kind == "test_logical" else module.STRUCTURAL)
+    fault = faults[index % len(faults)]          # they take turns
     stream = zlib.crc32((category + FOLDERS[kind].replace("/", "")).encode())
     scene = Scene(np.random.default_rng([seed, stream, index]), 2 * size)
     SCENES[category](scene, fault)
@@ -72,8 +70,7 @@ def draw(category: str, kind: str, index: int, size: int, seed: int):
 
 def draw_share(folder: str, category: str, counts: dict[str, int], size: int, seed: int,
                share: int, shares: int):
-    """Draws and writes every `shares`-th photo of a category, from number `share` on: the work
-    of one process."""
+    """Draws and writes every `shares`-th photo of a category, from number `share` on."""
     faults = [*CATEGORIES[category].LOGICAL, *CATEGORIES[category].STRUCTURAL]
     photos = [(kind, i) for kind, n in counts.items() for i in range(n)]
     for kind, i in photos[share::shares]:
@@ -88,25 +85,20 @@ def draw_share(folder: str, category: str, counts: dict[str, int], size: int, se
 
 def draw_all(*work):
     """draw_share(*work, ...) in a process for each core. Raises RuntimeError where one fails."""
-    # Fresh interpreters: a pool would fork the caller's threads or import its program again.
-    start = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
-             "from twin.render import draw_share; draw_share(*json.loads(sys.argv[2]))")
-    shares, workers, outputs = min(os.cpu_count() or 1, 16), [], []
+    shares, workers = min(os.cpu_count() or 1, 16), []
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
         for share in range(shares):
-            command = [sys.executable, "-c", start, str(ROOT), json.dumps([*work, share, shares])]
-            workers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
-                                            env=os.environ | {"OMP_NUM_THREADS": "1"}))
+            command = [sys.executable, "-c", WORKER, str(ROOT), json.dumps([*work, share, shares])]
+            workers.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=alone))
         for worker in workers:
-            outputs.append(worker.communicate()[1])
+            lines = worker.communicate()[1].strip().split("\n")
+            if worker.returncode:
+                raise RuntimeError(lines[-1] or f"exit code {worker.returncode}")
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
-    for worker, output in zip(workers, outputs):
-        if worker.returncode:
-            lines = [line for line in output.split("\n") if line.strip()]
-            raise RuntimeError(lines[-1] if lines else f"exit code {worker.returncode}")
 
 
 def defects_config(category: str, size: int) -> list[dict]:
@@ -125,18 +117,16 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
            seed: int = 1):
     """Writes the rendered twin of one category, out/category, in MVTec LOCO's layout.
 
-    counts: photos by kind, as in COUNTS; size: the photo's side in pixels. The same arguments
-    give the same pixels on any number of processes. The folder appears once it is complete. Draw
-    0 is the one that the presets were tuned on; the default and the README's figures are draw 1.
-    Raises TwinError where the folder exists already or cannot be written.
+    counts: photos by kind; size: a photo's side in pixels. The same arguments give the same
+    pixels. The folder appears once it is complete. The presets were tuned on seed 0; the default
+    and the README's figures are seed 1.
     """
     check_category(category)
-    target = Path(out) / category
-    mark = {"seed": seed, "size": size,
-            "note": "drawn by LADMIM's twin/render.py, not photographed"}
+    target, note = Path(out) / category, "drawn by LADMIM's twin/render.py, not photographed"
+    mark = {"seed": seed, "size": size, "note": note}
+    if target.exists():
+        raise TwinError(f"{target} exists already; remove it or give another --out")
     try:
-        if target.exists():
-            raise TwinError(f"{target} exists already; remove it or give another --out")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{category}-", dir=out) as unfinished:
             folder = Path(unfinished, category)
@@ -155,7 +145,7 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
     print(f"rendered {category}: {photos} in {target}", file=sys.stderr)
 
 
-def render_all(argv: list[str] | None):
+def parse(argv):
     parser = Parser(prog="twin/render.py", description="Draws the rendered twin of MVTec LOCO.")
     parser.add_argument("--out", required=True, type=Path, help="will hold the category folders")
     parser.add_argument("--category", default="all", help=f"all, or some of {','.join(SCENES)}")
@@ -164,7 +154,10 @@ def render_all(argv: list[str] | None):
         parser.add_argument(option, type=int, default=n, help=f"photos (default {n})")
     parser.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
     parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def render_all(args):
     names = list(SCENES) if args.category == "all" else args.category.split(",")
     for name in names:
         check_category(name)
@@ -176,18 +169,15 @@ def render_all(argv: list[str] | None):
         print(f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in counts.items()), flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None) -> int:
     try:
-        render_all(argv)
+        render_all(parse(argv))
     except TwinError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; nothing unfinished was left behind", file=sys.stderr)
         return 130
-    except BrokenPipeError:                  # whoever read the output has closed it, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return 0
 
 

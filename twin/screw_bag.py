@@ -4,8 +4,8 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from twin.drawing import (CIRCLE, background, common, curve, ellipse, minus, noise, polygon, slab,
-                          soft, stamp, stroke, turned, union)
+from twin.drawing import (background, circle, common, ellipse, minus, noise, polygon, slab, soft,
+                          stamp, stroke, turned, union)
 
 # Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
 LOGICAL = {"missing_washer": 220, "additional_washer": 220, "missing_nut": 260,
@@ -22,8 +22,8 @@ SWAPS = {                            # the kind that is taken out, the kind that
     "two_short_bolts": ("long_bolt", "short_bolt")}
 SQUEEZE = 0.69                                           # LOCO's photo: height / width
 SHANK = {"long_bolt": 0.36, "short_bolt": 0.20}          # length in heights of the photo
-ROUND = {"washer": (CIRCLE * 0.062, CIRCLE * 0.042),     # outline, bore
-         "nut": (CIRCLE[::10] * 0.064, CIRCLE * 0.032)}
+ROUND = {"washer": (circle(60) * 0.062, circle(60) * 0.042),     # outline, bore
+         "nut": (circle(6) * 0.064, circle(60) * 0.032)}
 THREADS = [(0.75, 0.50, 0.12), (0.10, 0.10, 0.11), (0.62, 0.28, 0.16)]   # brass, black, copper
 DIRT = [(0.36, 0.21, 0.08), (0.42, 0.10, 0.08), (0.10, 0.28, 0.36)]
 
@@ -48,28 +48,15 @@ def room_for(rng, kind, taken):
     return centre, angle
 
 
-def paint_bolt(scene, head, shank, put, end, steel, zinc):
-    """A bolt from its shapes; `end`, half its shank's length, is where the shank ends."""
-    n = int(end / 0.0035)
-    y = np.where(np.arange(n) % 2, 0.03, -0.03)
-    thread = stroke(scene, 0.004, put(np.stack([np.linspace(0.03 - end, end, n), y], 1)))
-    stamp(scene, shank, steel, grain=0.1, bulge=0.6, gloss=0.3, shadow=0.4)
-    stamp(scene, common(thread, shank), steel * 0.35, grain=0, alpha=0.5)
-    stamp(scene, head, zinc * 1.1, grain=0.05, bulge=0.6, gloss=0.3, shadow=0.4)
-    for y, tone in ((-0.018, 1.5), (0.012, 0.4)):            # the round head mirrors the lamps
-        band = stroke(scene, 0.013, put([(-end - 0.03, y), (0.03 - end, y)]))
-        stamp(scene, common(band, head), zinc * tone, grain=0, alpha=0.6)
-
-
 def hardware(scene, kind, centre, angle, fault):
     """A bolt, washer or nut. Returns its shape."""
     rng, put = scene.rng, partial(turned, angle=angle, centre=centre, squeeze=SQUEEZE)
     zinc = np.array((0.66, 0.70, 0.74)) * rng.normal(1, 0.03)
     steel = np.array((0.66, 0.66, 0.56)) * rng.normal(1, 0.03)
-    end = SHANK.get(kind, 0) / 2
+    end = SHANK.get(kind, 0) / 2     # a bolt's shank reaches from -end to end
     if end:
-        head = polygon(scene, put(slab(0.05, 0.088) - (end, 0)))
-        pieces = [head, polygon(scene, put(slab(2 * end, 0.042)))]
+        shank = polygon(scene, put(slab(2 * end, 0.042)))
+        pieces = [shank, polygon(scene, put(slab(0.05, 0.088) - (end, 0)))]
     else:
         outline, bore = (polygon(scene, put(points)) for points in ROUND[kind])
         pieces = [minus(outline, bore)]
@@ -79,20 +66,12 @@ def hardware(scene, kind, centre, angle, fault):
         gone = polygon(scene, put(jags + [(-0.3, 0.06), (-0.3, -0.06)]))
         scene.regions.append(common(union(*pieces), gone))
         pieces = [minus(piece, gone) for piece in pieces]
+    if fault == "wrong_thread_colour":
+        steel = np.array(THREADS[rng.integers(3)])
+        scene.regions.append(shank)
+    for piece, colour in zip(pieces, (steel, zinc) if end else (zinc,)):
+        stamp(scene, piece, colour, grain=0.1, bulge=0.8, gloss=0.35, shadow=0.4)
     shape = union(*pieces)
-    if end:
-        head, shank = pieces
-        if fault == "wrong_thread_colour":
-            steel = np.array(THREADS[rng.integers(3)])
-            scene.regions.append(shank)
-        paint_bolt(scene, head, shank, put, end, steel, zinc)
-    else:
-        stamp(scene, shape, zinc, grain=0.1, bulge=0.8, gloss=0.35, shadow=0.4)
-        if kind == "nut":            # the thread inside
-            detail = minus(polygon(scene, put(ROUND[kind][1] * 1.25)), bore)
-        else:                        # a spring washer's gap
-            detail = stroke(scene, 0.006, put([(0.034, 0), (0.054, 0.006)]))
-        stamp(scene, common(detail, shape), zinc * 0.4, grain=0.1, alpha=0.75)
     if fault == "rusty_part":
         rust = common(shape, ellipse(scene, centre, 0.09, 0.09, wobble=0.4))
         scene.regions.append(rust)
@@ -102,7 +81,7 @@ def hardware(scene, kind, centre, angle, fault):
 
 
 def bag(scene):
-    """A clear bag with its folds, zip and print."""
+    """A clear bag with its folds, its rim and its zip."""
     rng, n = scene.rng, scene.side
     corners = np.array([(0.07, 0.09), (0.925, 0.12), (0.925, 0.90), (0.065, 0.87)])
     corners = corners + rng.normal(0, 0.006, (4, 2))
@@ -111,23 +90,27 @@ def bag(scene):
     stamp(scene, film, (0.08, 0.08, 0.095), grain=0)
     folds = common(film, Image.fromarray(np.uint8(127 + 127 * folds)))
     stamp(scene, folds, (0.12, 0.118, 0.115), grain=0.03)
-    for corner in corners[[0, 0, 1, 2, 3, 3]]:               # creases run in from the corners
-        end = rng.uniform(0.25, 0.7, 2)
-        crease = curve(corner, (corner + end) / 2 + rng.normal(0, 0.06, 2), end)
-        crease = common(film, stroke(scene, rng.uniform(0.004, 0.012), crease))
-        stamp(scene, crease, (0.45, 0.44, 0.42), grain=0, alpha=rng.uniform(0.05, 0.2))
-    rim = np.linspace(corners, np.roll(corners, -1, 0), 12, axis=1)
-    rim = rim + rng.normal(0, 0.001, (4, 12, 2))
-    stamp(scene, stroke(scene, 0.005, *rim, caps=False), (0.40, 0.39, 0.38), grain=0, alpha=0.5)
+    rim = stroke(scene, 0.005, corners[[0, 1, 2, 3, 0]])
+    stamp(scene, rim, (0.40, 0.39, 0.38), grain=0, alpha=0.5)
     zipper = stroke(scene, 0.016, [(0.782, 0.115), (0.786, 0.89)])
     stamp(scene, zipper, (0.62, 0.62, 0.64), bulge=0.6, alpha=0.6)
-    sign = ([(0.835, 0), (0.885, -0.035), (0.885, 0.035), (0.835, 0)],
-            [(0.86, 0.06), (0.86, 0.088)], [(0.817, -0.025), (0.817, 0.03)])
-    print_lines = []                                         # the recycling sign, over and over
-    for y in np.arange(rng.uniform(-0.1, 0.05), 1, 0.152):
-        print_lines += [line + np.array((0, y)) for line in sign]
-    printed = common(stroke(scene, 0.008, *print_lines, caps=False), film)
-    stamp(scene, printed, (0.85, 0.85, 0.85), grain=0.1)
+
+
+def spoil(scene, fault, shapes):
+    """Tears the bag open, or stains it, at a random place."""
+    rng = scene.rng
+    outline = circle(10) * rng.uniform(0.5, 1.2, (10, 1)) * rng.uniform(0.032, 0.06, 2)
+    centre = rng.uniform((0.14, 0.17), (0.7, 0.8))
+    spot = polygon(scene, outline + centre)
+    if fault == "torn_bag":
+        hole = minus(polygon(scene, outline * 0.75 + centre), *shapes)
+        spot = minus(spot, *shapes)
+        stamp(scene, spot, (0.62, 0.61, 0.60), grain=0.25)       # the torn film curls up, white
+        stamp(scene, hole, (0.025, 0.025, 0.027))
+    else:
+        colour, opacity = DIRT[rng.integers(3)], rng.uniform(0.55, 0.9)
+        stamp(scene, soft(spot, 2), colour, grain=0.25, alpha=opacity)
+    scene.regions.append(spot)
 
 
 def paint(scene, fault=None):
@@ -137,13 +120,12 @@ def paint(scene, fault=None):
     background(scene, (0.03, 0.03, 0.032), grain=0.1, blotch=0.1)
     bag(scene)
     out, added = SWAPS.get(fault, (None, None))
-    kinds = list(GOOD)
+    kinds, taken, shapes = list(GOOD), [], []
     if out:
         kinds.remove(out)
     if added:
         kinds.insert(kinds.index(added), added)
     hit = rng.integers(2 if fault == "wrong_thread_colour" else len(kinds))
-    taken, shapes = [], []
     for i, kind in enumerate(kinds):
         here = fault if i == hit else None
         shapes.append(hardware(scene, kind, *room_for(rng, kind, taken), here))
@@ -152,16 +134,5 @@ def paint(scene, fault=None):
     elif out:
         inside = [(0.09, 0.11), (0.76, 0.13), (0.76, 0.87), (0.09, 0.85)]
         scene.regions.append(polygon(scene, inside))
-    if fault in ("torn_bag", "stained_bag"):
-        outline = CIRCLE[::6] * rng.uniform(0.5, 1.2, (10, 1)) * rng.uniform(0.032, 0.06, 2)
-        centre = rng.uniform((0.14, 0.17), (0.7, 0.8))
-        spot = polygon(scene, outline + centre)
-        if fault == "torn_bag":
-            hole = minus(polygon(scene, outline * 0.75 + centre), *shapes)
-            spot = minus(spot, *shapes)
-            stamp(scene, spot, (0.62, 0.61, 0.60), grain=0.25)       # the torn film curls up, white
-            stamp(scene, hole, (0.025, 0.025, 0.027))
-        else:
-            colour, opacity = DIRT[rng.integers(3)], rng.uniform(0.55, 0.9)
-            stamp(scene, soft(spot, 2), colour, grain=0.25, alpha=opacity)
-        scene.regions.append(spot)
+    elif fault in ("torn_bag", "stained_bag"):
+        spoil(scene, fault, shapes)

@@ -1,6 +1,5 @@
 """splicing_connectors: two connectors of 2, 3 or 5 clamps, the same on both sides. A cable joins
 a clamp and its mirrored clamp; its colour goes with the number of clamps."""
-import math
 from functools import partial
 
 import numpy as np
@@ -17,27 +16,22 @@ STRUCTURAL = ("cut_cable", "frayed_cable", "open_lever", "broken_connector", "st
 CABLES = {2: (0.86, 0.68, 0.16), 3: (0.26, 0.32, 0.72), 5: (0.74, 0.13, 0.11)}   # clamps: colour
 PITCH = 0.098                                            # of the clamps
 SQUEEZE = 0.5                                            # LOCO's photo: height / width
-ORANGE, COPPER = np.array((0.96, 0.31, 0.07)), np.array((0.72, 0.42, 0.22))
+ORANGE, COPPER = np.array((0.96, 0.31, 0.07)), (0.66, 0.38, 0.20)
 
 
 def mesh(scene):
     """Cuts the background into expanded metal: rounded wires where |cos u + cos v| is small, and
     between them staggered diamond holes."""
     n, rng = scene.side, scene.rng
-    angle, k = rng.normal(0, 0.01), 2 * math.pi / (0.075 * n)
-    c, s = k * math.cos(angle), k * math.sin(angle)
-    x, y = np.arange(n, dtype=np.float32), np.arange(n, dtype=np.float32)[:, None]
-    a = np.cos(c * x - s * y + rng.uniform(0, 6.3))          # (n, n)
-    b = np.cos(s * x + c * y + rng.uniform(0, 6.3))
-    wire = np.clip(1.2 - np.abs(a + b + 0.08) / 0.52, 0, 1)  # 1 on a wire, 0 in a hole
-    knot = np.square(np.square(np.square((a - b) / 2)))      # 1 where wires meet: a glint
-    tone = 0.06 + wire * (0.62 + 0.5 * knot * wire) * (1 + 0.25 * (a + b))
-    scene.photo *= tone[..., None]
+    across, down = 2 * np.pi / 0.075 / n * np.arange(n, dtype=np.float32) + rng.uniform(0, 6.3, (2, 1))
+    wave = np.cos(across) + np.cos(down)[:, None]
+    wire = np.clip(1.2 - np.abs(wave + 0.08) / 0.52, 0, 1)   # (n, n), 1 on a wire, 0 in a hole
+    scene.photo *= (0.06 + 0.75 * wire * (1 + 0.25 * wave))[..., None]
 
 
-def connector(scene, centre, angle, side, clamps, used, fault):
-    """A connector, side: 1 levers to the right, -1 left. The clamps in `used` {clamp: colour}
-    show the cable. Returns its shape."""
+def connector(scene, centre, angle, side, clamps, fault):
+    """A connector, side: 1 levers to the right, -1 left. Returns its shape, that of its place
+    where it is missing."""
     rng, put = scene.rng, partial(turned, angle=angle, centre=centre, squeeze=SQUEEZE)
     orange, hit, gone = ORANGE * rng.normal(1, 0.05), rng.integers(clamps), None
 
@@ -46,6 +40,8 @@ def connector(scene, centre, angle, side, clamps, used, fault):
         return minus(shape, gone) if gone else shape
 
     whole = piece(0, 0, 0.32, clamps * PITCH + 0.03)
+    if fault == "missing_connector":
+        return whole
     if fault == "broken_connector":  # a corner or an end of it
         spot = (side * rng.uniform(-0.15, 0.12), rng.choice((-1, 1)) * clamps * PITCH / 2)
         gone = ellipse(scene, put([spot])[0], *rng.uniform(0.04, 0.07, 2), wobble=0.4)
@@ -54,16 +50,11 @@ def connector(scene, centre, angle, side, clamps, used, fault):
     stamp(scene, housing, (0.62, 0.56, 0.54), grain=0.06, bulge=0.4, shadow=0.6, alpha=0.7)
     for clamp in range(clamps):
         y, lifted = (clamp - (clamps - 1) / 2) * PITCH, fault == "open_lever" and clamp == hit
-        funnel, lever = piece(-0.115, y, 0.05, 0.05), piece(0.055, y, 0.2, PITCH * 0.92)
-        if lifted:
-            lever = piece(0.14, y, 0.28, PITCH * 0.92)
-            scene.regions.append(lever)
-        stamp(scene, funnel, (0.78, 0.74, 0.73), grain=0.06, bulge=0.6, alpha=0.6)
+        lever = piece(0.14, y, 0.28, PITCH * 0.92) if lifted else piece(0.055, y, 0.2, PITCH * 0.92)
         stamp(scene, lever, orange, grain=0.04, bulge=0.45, shadow=0.5)
-        window, wire = piece(-0.02, y - 0.006, 0.085, 0.045), piece(-0.03, y - 0.004, 0.045, 0.026)
-        stamp(scene, window, (0.45, 0.35, 0.31), grain=0.25, bulge=0.4)
-        stamp(scene, wire, used.get(clamp, (0.55, 0.53, 0.52)), grain=0.2, alpha=0.6)
+        stamp(scene, piece(-0.02, y, 0.085, 0.045), (0.45, 0.35, 0.31), grain=0.25, bulge=0.4)
         if lifted:
+            scene.regions.append(lever)
             stamp(scene, piece(0.03, y, 0.1, PITCH * 0.7), (0.16, 0.12, 0.11), grain=0.3)
     if fault == "stain":
         along, across = side * rng.uniform(-0.05, 0.13), rng.uniform(-0.5, 0.5)
@@ -88,6 +79,7 @@ def cable_path(rng, places, clamps, rows):
 
 
 def cable(scene, path, colour, fault):
+    """A cable along a path, cut or frayed somewhere in its middle after a fault."""
     rng, i = scene.rng, scene.rng.integers(10, 26)           # a fault sits at path[i]
     pieces = [path]
     if fault == "cut_cable":
@@ -97,18 +89,14 @@ def cable(scene, path, colour, fault):
     if fault == "frayed_cable":      # bare strands stick out
         bare = path[i:i + rng.integers(4, 7)]
         bow = np.sin(np.linspace(0, np.pi, len(bare)))[:, None]
-        for _ in range(8):
-            strand = bare + bow * rng.normal(0, (0.004, 0.016), 2)
-            copper = COPPER * rng.uniform(0.6, 1.2)
-            stamp(scene, stroke(scene, 0.006, strand), copper, grain=0.2)
+        strands = [bare + bow * rng.normal(0, (0.004, 0.016), 2) for _ in range(8)]
+        stamp(scene, stroke(scene, 0.006, *strands), COPPER, grain=0.3)
     if fault in ("cut_cable", "frayed_cable"):
         scene.regions.append(stroke(scene, 0.05, path[i:i + 4]))
 
 
-def cables(scene, fault, places, clamps, rows, hit):
-    """The cables' paths, for each its clamps on the left and the right in `rows`, after a fault.
-    The fault's region is drawn too."""
-    paths = [cable_path(scene.rng, places, clamps, pair) for pair in rows]
+def faulty_paths(scene, fault, paths, hit):
+    """The cables' paths after a fault, whose region is drawn too."""
     if fault in ("wrong_cable_colour", "wrong_cable_location", "extra_cable"):
         scene.regions.append(stroke(scene, 0.025, *paths))
     elif fault == "missing_cable":
@@ -116,7 +104,7 @@ def cables(scene, fault, places, clamps, rows, hit):
     elif fault == "loose_cable":     # it ends short of the connector
         gap = np.arange(30, 40) if hit else np.arange(10)
         scene.regions.append(stroke(scene, 0.05, paths[0][gap]))
-        paths[0] = np.delete(paths[0], gap, axis=0)
+        paths = [np.delete(paths[0], gap, axis=0)]
     return paths
 
 
@@ -134,31 +122,22 @@ def paint(scene, fault=None):
     for x, y, side in ((0.19, 0.48, 1), (0.80, 0.50, -1)):
         centre = (x + rng.normal(0, 0.008), y + rng.normal(0, 0.012))
         places.append((centre, rng.normal(0, 1.5), side))
-    clamps, colour = [n, n], np.array(CABLES[n]) * rng.normal(1, 0.08)
-    if fault == "wrong_cable_colour":
-        colour = np.array(CABLES[odd]) * rng.normal(1, 0.08)
+    clamps = [n, n]
     if fault == "unequal_connectors":
         clamps[hit] = odd
         row = min(row, odd - 1)
-    rows = [(row, row)]                                      # a cable's clamps, left and right
-    if fault == "wrong_cable_location":
-        rows = [(row, other)]
-    elif fault == "extra_cable":
+    colour = np.array(CABLES[odd if fault == "wrong_cable_colour" else n]) * rng.normal(1, 0.08)
+    rows = [(row, other if fault == "wrong_cable_location" else row)]    # a cable's two clamps
+    if fault == "extra_cable":
         rows.append((other, other))
-    paths = cables(scene, fault, places, clamps, rows, hit)
+    paths = [cable_path(rng, places, clamps, pair) for pair in rows]
+    for path in faulty_paths(scene, fault, paths, hit):
+        cable(scene, path, colour, fault)
+
     if fault == "reversed_connector":
         places[hit] = (*places[hit][:2], -places[hit][2])
-    for path in paths:
-        cable(scene, path, colour, fault)
-    bodies = []
-    for i, (centre, angle, side) in enumerate(places):
-        if fault == "missing_connector" and i == hit:
-            outline = slab(0.32, n * PITCH + 0.03)
-            bodies.append(polygon(scene, turned(outline, angle, centre, SQUEEZE)))
-            continue
-        used = {pair[i]: colour for pair in rows[:len(paths)]}
-        here = fault if i == hit else None
-        bodies.append(connector(scene, centre, angle, side, clamps[i], used, here))
+    bodies = [connector(scene, *place, clamps[i], fault if i == hit else None)
+              for i, place in enumerate(places)]
     if fault in ("missing_connector", "reversed_connector"):
         scene.regions.append(bodies[hit])
     if fault == "unequal_connectors":
