@@ -331,6 +331,8 @@ def load_data_set(job: Job):
     training first; how many these are; `Features` of all; the PDN; how many photos could not be
     read."""
     cfg, root, device = job.cfg, job.root, job.device
+    if job.cache.is_file():
+        raise InputError(f"--cache {job.cache}: is a file; name a folder")
     pdn, description = load_pdn(cfg.pdn, job.seed)
     photos = []
     for name in job.names:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
@@ -57,6 +58,7 @@ ABLATIONS = {
                   "whitened", "whitened", score_ratio=230 / 576, score_block=92 / 576)},
     "leak": {"HVQ mean": scores("mean", "mean"), "HVQ max": scores("max", "mean")},
 }
+SPLITS = {"leak": ("validation", "test")}            # whose mean and std standardise the scores
 PAPER = {"scoring": "table5_scoring_ablation", "combine": "table6_combined_with_hvq",
          "masking": "table7_masking_multi_class_200_epochs", "target": "table8_prediction_target"}
 SHORTCUTS = ("rows \"over test\" LEAK, scores standardised with mean and std of the whole test "
@@ -64,7 +66,7 @@ SHORTCUTS = ("rows \"over test\" LEAK, scores standardised with mean and std of 
              "shortcuts in published code are worth, never to report")
 
 
-def train(job: ladmim.Job):
+def train(job: runs.Job):
     """One run, unless it is there and finished. Standard output is the table's."""
     if (job.out / "checkpoint.pt").exists():
         state = runs.load_checkpoint(job.out / "checkpoint.pt")
@@ -79,51 +81,37 @@ def train(job: ladmim.Job):
         ladmim.train_run(job)
 
 
-def ablate(name: str, folder: str | None, preset: str, category: str, seeds: list[int],
-           home: Path) -> dict:
+def ablate(name: str, root: Path, categories: list[str], args) -> dict:
     """-> {row: [records]} of one ablation, `eval.evaluate`'s. leak's rows are named by how scores
-    were standardised, too. home: the folder of runs."""
-    root, categories = data.find_data(folder, category)
-    usual, device, rows = ladmim.PRESETS[preset], runs.pick_device(None), {}
+    were standardised, too."""
+    usual, device, rows = ladmim.Config(**ladmim.PRESETS[args.preset]), runs.pick_device(None), {}
+    home = args.runs / root.resolve().name
     for label, settings in ABLATIONS[name].items():
         if name == "width":
-            width = ladmim.Config(**usual).mim_width
-            settings = {"mim_width": int(settings["mim_width"] * width)}
-        ordinary = vars(ladmim.Config(**usual))
-        settings = {key: value for key, value in settings.items() if ordinary[key] != value}
+            settings = {"mim_width": int(settings["mim_width"] * usual.mim_width)}
+        settings = {key: value for key, value in settings.items() if getattr(usual, key) != value}
         together = label == "one model"
-        for seed in seeds:
-            for names in [categories] if together else [[one] for one in categories]:
-                called = "all" if together and category == "all" else ",".join(names)
-                base = home / root.resolve().name / f"{called}-{preset}-seed{seed}"
-                cfg = ladmim.Config(**usual)
-                train(ladmim.Job(cfg, preset, root, names, device, seed, called, base))
-                run = base
-                if settings:                         # else the row is the ordinary run
-                    row = ",".join(f"{key}={value}" for key, value in settings.items())
-                    run = (home / "ablations" / base.parent.name
-                           / f"{called}-{preset}-{row}-seed{seed}")
-                    cfg = ladmim.Config(**usual | settings)
-                    train(ladmim.Job(cfg, preset, root, names, device, seed, called, run,
-                                     take=base))
-                for key, record in records_of(name, label, run, names):
-                    rows.setdefault(key, []).append(record)
-    if name == "leak":                               # HVQ-Trans's code turns AUROCs under 50 over
-        for label in [label for label in rows if label.endswith("over test")]:
-            rows[f"{label}, flipped"] = [record | {"both": flipped(record["both"])}
-                                         for record in rows[label]]
+        groups = [categories] if together else [[one] for one in categories]
+        for seed, names in itertools.product(args.seeds, groups):
+            called = "all" if together and args.category == "all" else ",".join(names)
+            job = runs.Job(usual, args.preset, root, names, device, seed, called,
+                           home / f"{called}-{args.preset}-seed{seed}")
+            train(job)
+            if settings:                             # else the row is the ordinary run
+                row = ",".join(f"{key}={value}" for key, value in settings.items())
+                out = (args.runs / "ablations" / home.name
+                       / f"{called}-{args.preset}-{row}-seed{seed}")
+                job = dataclasses.replace(job, cfg=dataclasses.replace(usual, **settings),
+                                          out=out, take=job.out)
+                train(job)
+            scored = evaluation.read_run(job.out)
+            for one, over in itertools.product(names, SPLITS.get(name, ("validation",))):
+                key = f"{label}, standardised over {over}" if name == "leak" else label
+                rows.setdefault(key, []).append(evaluation.evaluate(scored, one, over))
+    for label in [label for label in rows if label.endswith("over test")]:
+        rows[f"{label}, flipped"] = [record | {"both": flipped(record["both"])}
+                                     for record in rows[label]]
     return rows
-
-
-def records_of(name: str, label: str, folder: Path, categories: list[str]):
-    """Yields (row, record) of one run's categories."""
-    scored = evaluation.read_run(folder)
-    for one in categories:
-        if name != "leak":
-            yield label, evaluation.evaluate(scored, one)
-            continue
-        for over in ("validation", "test"):
-            yield f"{label}, standardised over {over}", evaluation.evaluate(scored, one, over)
 
 
 def flipped(figures: dict) -> dict:
@@ -131,22 +119,16 @@ def flipped(figures: dict) -> dict:
     return turned | {"average": sum(turned.values()) / len(turned)}
 
 
-def reported_rows(name: str, columns: list[str], empty: int) -> list[list]:
-    """The paper's rows of this table; `empty` cells where it gives no figure."""
-    reported = json.loads(evaluation.REPORTED.read_text(encoding="utf-8"))
-    figures = reported.get(PAPER.get(name), {})
-    if name == "multi":
-        for label, key in (("each alone (Table 2)", "table2_single_class"),
-                           ("one model (Table 3)", "table3_multi_class")):
-            table = reported[key]
-            figures[label] = {kind: table[kind]["average"]["LADMIM"]
-                              for kind in ("structural", "logical")}
-            figures[label]["average"] = table["overall"]["LADMIM"]
-    rows = []
-    for label, row in figures.items():
-        if isinstance(row, dict) and set(columns) <= row.keys():
-            cells = [evaluation.Spread(row[column] / 100) for column in columns]
-            rows.append([f"{label}, reported", "–", *cells, *[None] * empty])
+def reported(name: str) -> dict:
+    """The paper's rows of this table: label -> figures."""
+    paper = json.loads(evaluation.REPORTED.read_text(encoding="utf-8"))
+    if name != "multi":
+        return paper.get(PAPER.get(name), {})
+    rows = {}
+    for label, key in (("each alone (Table 2)", "table2_single_class"),
+                       ("one model (Table 3)", "table3_multi_class")):
+        rows[label] = {kind: paper[key][kind]["average"]["LADMIM"] for kind in evaluation.KINDS}
+        rows[label]["average"] = paper[key]["overall"]["LADMIM"]
     return rows
 
 
@@ -159,7 +141,7 @@ def tables(name: str, rows: dict) -> list[tuple]:
         columns = ["structural", "logical", "average"]
     categories = sorted({record["category"] for records in rows.values() for record in records})
     parts = {"scoring": evaluation.DETECTORS, "combine": {"mim": "MIM alone", "both": "and HVQ"}}
-    ours = []
+    ours, theirs = [], []
     for label, records in rows.items():
         for part, words in parts.get(name, {"both": ""}).items():
             row = [f"{label} {words}".strip(), evaluation.seeds(records)]
@@ -168,16 +150,18 @@ def tables(name: str, rows: dict) -> list[tuple]:
                 of_one = [record for record in records if record["category"] == one]
                 row.append([evaluation.spread(of_one, part, column) for column in columns[:2]])
             ours.append(row)
-    header = ["row", "seeds", *columns,
-              *(f"{one}: {' / '.join(columns[:2])}" for one in categories)]
+    for label, row in reported(name).items():
+        if isinstance(row, dict) and set(columns) <= row.keys():
+            cells = [evaluation.Spread(row[column] / 100) for column in columns]
+            theirs.append([f"{label}, reported", "–", *cells])
+    header = ["row", "seeds", *columns]
+    each = [f"{one}: {' / '.join(columns[:2])}" for one in categories]
     title = (f"{evaluation.data_title(first)}, {first['preset'].split()[0]}: {name}, AUROC %, mean "
              "over categories")
-    theirs = reported_rows(name, columns, len(categories))
-    if not theirs or not first["rendered"]:
-        return [(title, header, ours + theirs)]
-    width = 2 + len(columns)
-    reference = f"REFERENCE ONLY, not comparable with rendered data: {name}, reported for MVTec's"
-    return [(title, header, ours), (reference, header[:width], [row[:width] for row in theirs])]
+    if theirs and first["rendered"]:
+        reference = f"REFERENCE ONLY, not comparable with rendered data: {name}, reported for LOCO"
+        return [(title, header + each, ours), (reference, header, theirs)]
+    return [(title, header + each, ours + [row + [None] * len(each) for row in theirs])]
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -192,17 +176,16 @@ def parse(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def show(args) -> int:
-    rows = ablate(args.name, args.data, args.preset, args.category, args.seeds, args.runs)
-    found, banner = tables(args.name, rows), SHORTCUTS if args.name == "leak" else ""
-    columns = ("banner", "title", "header", "rows")
-    evaluation.write_json(args.json or args.runs / f"ablation-{args.name}.json", {
-        "records": rows, "tables": [dict(zip(columns, (banner, *table))) for table in found]})
-    return evaluation.show(found, [], banner)
+def print_tables(args) -> int:
+    root, categories = data.find_data(args.data, args.category)
+    rows = ablate(args.name, root, categories, args)
+    banner = SHORTCUTS if args.name == "leak" else ""
+    return evaluation.publish(f"ablation-{args.name}", args, tables(args.name, rows), rows, [],
+                              banner)
 
 
 def main(argv=None) -> int:
-    return data.run_command(lambda: show(parse(argv)))
+    return data.run_command(lambda: print_tables(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """The kernels against plain torch, on whatever machine this is: python bench/run.py
 
-With a GPU: the kernels measured. Without one: the torch paths measured, the kernels compiled and
-their times predicted (bench/compiled.py). --naive instead times training and scoring the long way
-(bench/naive.py) against ours. Prints Markdown tables and writes them, and the numbers as JSON, to
-bench/results/.
+With a GPU the Triton kernels are measured, without one the torch paths. --naive instead times
+training and scoring the long way (bench/naive.py) against ours. Prints Markdown tables and writes
+them, and the numbers as JSON, to bench/results/.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-import compiled  # noqa: E402
 import data  # noqa: E402
 import ladmim  # noqa: E402
 import naive  # noqa: E402
 import runs  # noqa: E402
 from backbone import CHANNELS  # noqa: E402
-from compiled import PAPER, triton  # noqa: E402
 from kernels import histogram_l1, nearest_code  # noqa: E402
+from kernels.dispatch import triton  # noqa: E402
 from kernels.histogram_l1 import histogram_l1_reference  # noqa: E402
 
 LEVELS, CODES, TOKENS = 4, 512, 576  # the paper's
+PAPER = (36_864, 512, 64)            # T = 64 images of 576 tokens, K codes, D dimensions
 
 
 # Measuring
@@ -274,7 +273,7 @@ def duration(seconds: float) -> str:
 
 FORMATS = {"images/s": "{:.1f}".format, "ratio": "{:.2f}".format, "roofline": "{:.0%}".format,
            "GB/s": "{:.1f}".format, "GFLOP/s": "{:.0f}".format, "MiB": "{:.1f}".format}
-FORMATS |= dict.fromkeys(("median", "low", "high", "an image", "from", "to", "plain"), duration)
+FORMATS |= dict.fromkeys(("median", "low", "high", "an image"), duration)
 
 
 def table(rows: list[dict], *columns) -> str:
@@ -300,13 +299,6 @@ def report(results: dict) -> str:
     parts = [head, table(results["kernels"], "kernel", "shape", "mode", "variant", "ratio", *spread,
                          "GB/s", "GFLOP/s", "roofline", "wrong"),
              table(results["steps"], "step", "variant", "images/s", "ratio", *spread)]
-    if "compiled" in results:
-        parts += ["Compiled, not run.",
-                  table(results["compiled"], "arch", "kernel", "K", "D", "registers", "spills",
-                        "shared", "warps", "tensor core", "float64"),
-                  "**Predicted, not measured.** " + compiled.MODEL,
-                  table(results["predicted"], "GPU", "shape", "from", "to", "plain", "times",
-                        "busiest")]
     return "\n\n".join(parts) + "\n"
 
 
@@ -331,25 +323,19 @@ def parse(argv) -> argparse.Namespace:
 def measure_kernels(device: str, seconds: float, quick: bool) -> dict:
     shapes = [PAPER, (36_864, 512, 16), (36_864, 512, 256), (36_864, 4096, 64),
               (1_000_000, 512, 64)]
-    batches, preset, masks, targets = [(32, 1), (8, 64)], "tiny", 32, (80, 89, 90)
+    batches, preset, masks = [(32, 1), (8, 64)], "tiny", 32
     if device == "cuda":
         shapes.append((1_000_000, 8192, 64))
         batches, preset, masks = [(32, 1), (16, 16), (16, 64), (256, 64)], "paper", 64
     if quick:
-        shapes, batches, seconds, masks, targets = [(500, 64, 16)], [(2, 3)], 0.1, 2, (89, 90)
+        shapes, batches, seconds, masks = [(500, 64, 16)], [(2, 3)], 0.1, 2
     ceiling, rows = roofline(device, seconds), []
     for shape in shapes:
         rows += nearest_rows(device, shape, seconds, ceiling)
     for batch in batches:
         rows += histogram_rows(device, batch, seconds, ceiling)
-    results = {"ceiling": ceiling, "kernels": rows,
-               "steps": step_rows(device, preset, seconds, masks)}
-    if device == "cpu" and triton:
-        results["compiled"] = []
-        for arch in targets:
-            results["compiled"] += compiled.compile_for(arch)
-        results["predicted"] = compiled.predict(results["compiled"])
-    return results
+    return {"ceiling": ceiling, "kernels": rows,
+            "steps": step_rows(device, preset, seconds, masks)}
 
 
 def benchmark(args) -> int:

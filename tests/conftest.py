@@ -124,6 +124,7 @@ FORKS = """
 import json, os, sys
 sys.path.insert(0, {root!r})
 import ladmim, data, runs
+import torch._dynamo                                 # the first optimiser would, in each process
 {prepare}
 children = []
 for log, environment, arguments in json.loads(sys.argv[1]):

@@ -1,4 +1,5 @@
-"""Damages images at random and feeds them to the loaders: an RGB image or an InputError of one line, nothing else.
+"""Damages images at random and feeds them to the loaders: an RGB image or an InputError of one
+line, nothing else.
 
     python tests/fuzz.py --minutes 10 --seed 0
 """
@@ -17,10 +18,26 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 
-FORMATS = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "BMP": ("RGB", "L", "P"),
-           "GIF": ("P", "L"), "TIFF": ("RGB", "L", "F", "I;16", "CMYK", "LAB"), "WEBP": ("RGB", "RGBA"), "PPM": ("RGB", "L"),
-           "TGA": ("RGB", "RGBA"), "ICO": ("RGBA",), "SGI": ("RGB",), "DDS": ("RGB",), "JPEG2000": ("RGB", "L"),
-           "PCX": ("RGB",)}
+FORMATS = {"PNG": ("RGB", "RGBA", "L", "LA", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"),
+           "BMP": ("RGB", "L", "P"), "GIF": ("P", "L"),
+           "TIFF": ("RGB", "L", "F", "I;16", "CMYK", "LAB"), "WEBP": ("RGB", "RGBA"),
+           "PPM": ("RGB", "L"), "TGA": ("RGB", "RGBA"), "ICO": ("RGBA",), "SGI": ("RGB",),
+           "DDS": ("RGB",), "JPEG2000": ("RGB", "L"), "PCX": ("RGB",)}
+TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"
+
+
+def variants(image):
+    """Options of save: plain, turned by EXIF, of three frames, compressed."""
+    return ({}, {"exif": TURNED}, {"save_all": True, "append_images": [image, image]},
+            {"compression": "tiff_lzw"})
+
+
+def image_of(mode, rng):
+    values = rng.integers(0, 256, (24, 31, 4), dtype=np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(values[..., 0].astype(np.uint16) * 257)
+    image = Image.fromarray(values)
+    return image if mode == "RGBA" else image.convert("RGB")
 
 
 def whole_files(rng) -> list[bytes]:
@@ -28,15 +45,13 @@ def whole_files(rng) -> list[bytes]:
     found = []
     for name, modes in FORMATS.items():
         for mode in modes:
-            values = rng.integers(0, 256, (24, 31, 4), dtype=np.uint8)
-            image = Image.fromarray(values[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(values)
-            image = image if mode in ("I;16", "RGBA") else image.convert("RGB")
-            for options in ({}, {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0"},
-                            {"save_all": True, "append_images": [image, image]}, {"compression": "tiff_lzw"}):
+            image = image_of(mode, rng)
+            for options in variants(image):
                 file = io.BytesIO()
                 try:
-                    (image if mode in ("I;16", "LAB") else image.convert(mode)).save(file, name, **options)
-                except (OSError, ValueError, KeyError, TypeError):                # this format cannot hold this
+                    saved = image if mode in ("I;16", "LAB") else image.convert(mode)
+                    saved.save(file, name, **options)
+                except (OSError, ValueError, KeyError, TypeError):      # not in this format
                     continue
                 found.append(file.getvalue())
     return found
@@ -88,10 +103,11 @@ def main():
                 counts["refused"] += 1
             except Exception:
                 Path("fuzz-failure.bin").write_bytes(content)
-                print(f"failed after {sum(counts.values())} files; the file is fuzz-failure.bin", flush=True)
+                print(f"failed after {sum(counts.values())} files; the file is fuzz-failure.bin",
+                      flush=True)
                 raise
-    print(f"{sum(counts.values()):,} damaged files in {args.minutes:g} minutes: {counts['read']:,} read, "
-          f"{counts['refused']:,} refused")
+    print(f"{sum(counts.values()):,} damaged files in {args.minutes:g} minutes: "
+          f"{counts['read']:,} read, {counts['refused']:,} refused")
 
 
 if __name__ == "__main__":

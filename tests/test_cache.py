@@ -1,15 +1,12 @@
 """The cache of frozen features: computed once, never stale, whole or not there at all."""
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import numpy as np
 import pytest
 import torch
-from test_data import ROOT, picture, pictures, refused
+from test_data import picture, pictures, refused
 
 import data
 from backbone import cached_features
@@ -167,35 +164,50 @@ def test_what_is_changed_in_the_features_stays_out_of_the_file(tmp_path):
 
 # Several processes, and killed ones
 
-CHILD = textwrap.dedent("""
-    import sys, time
-    from pathlib import Path
-    sys.path.insert(0, "tests")
-    from test_cache import Backbone, features
+class Meeting(Backbone):
+    """Calls `meet` before its second batch."""
+    def __init__(self, meet):
+        super().__init__()
+        self.meet = meet
 
-    class Slow(Backbone):
-        def __call__(self, batch):
-            if len(self.sizes) == 1 and sys.argv[3:]:
-                print("one batch", flush=True)
-                time.sleep(60)
-            return super().__call__(batch)
-
-    features(sorted(Path(sys.argv[1]).iterdir()), Path(sys.argv[2]), Slow())
-    """)
+    def __call__(self, batch):
+        if len(self.sizes) == 1:
+            self.meet()
+        return super().__call__(batch)
 
 
-def child(*arguments):
-    return subprocess.Popen([sys.executable, "-c", CHILD, *map(str, arguments)], cwd=ROOT,
-                            stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def forks():
+    """Starts processes; they end with the test."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no forks here")
+    context, started = multiprocessing.get_context("fork"), []
+
+    def start(paths, cache, meet):
+        process = context.Process(target=features, args=(paths, cache, Meeting(meet)))
+        process.start()
+        started.append(process)
+        return process
+
+    yield context, start
+    for process in started:
+        process.kill()
+        process.join()
 
 
-def test_a_killed_process_leaves_nothing_that_is_served_and_nothing_for_ever(tmp_path):
+def test_a_killed_process_leaves_nothing_that_is_served_and_nothing_for_ever(tmp_path, forks):
     cache, paths, backbone = tmp_path / "cache", pictures(tmp_path / "a", 20), Backbone()
-    with child(tmp_path / "a", cache, "slow") as process:
-        try:
-            assert process.stdout.readline().strip() == "one batch"
-        finally:
-            process.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+    context, start = forks
+    halfway = context.Event()
+
+    def sleep():
+        halfway.set()
+        time.sleep(60)
+
+    process = start(paths, cache, sleep)
+    assert halfway.wait(60)
+    process.kill()
+    process.join()
     [left] = entries(cache)
     assert left.suffix == ".part"
     assert (features(paths, cache, backbone) == direct(paths, Backbone())).all()
@@ -206,10 +218,15 @@ def test_a_killed_process_leaves_nothing_that_is_served_and_nothing_for_ever(tmp
     assert not left.exists() and len(entries(cache)) == 2
 
 
-def test_two_processes_at_once(tmp_path):
+def test_two_processes_at_once(tmp_path, forks):
+    """Neither goes on to its second batch before the other has computed its first."""
     cache, paths, backbone = tmp_path / "cache", pictures(tmp_path / "a", 40), Backbone()
-    with child(tmp_path / "a", cache) as one, child(tmp_path / "a", cache) as other:
-        assert [one.wait(), other.wait()] == [0, 0]
+    context, start = forks
+    both = context.Barrier(2)
+    children = [start(paths, cache, lambda: both.wait(60)) for _ in range(2)]
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
     assert (features(paths, cache, backbone) == direct(paths, Backbone())).all()
     assert backbone.images == 0 and len(entries(cache)) == 1
 

@@ -37,7 +37,8 @@ def announced(name):
     setattr(ladmim, name, call)
 
 def deadly_replace(source, target):
-    name = "features" if str(target).endswith(".npy") else pathlib.Path(target).name
+    target = pathlib.Path(target)
+    name = "features" if target.parent.name == "own" else target.name
     happens(f"whole {name}")
     if os.environ.get("KILL") == f"half {name} {counts[f'half {name}'] + 1}":
         os.truncate(source, os.path.getsize(source) // 2)

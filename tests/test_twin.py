@@ -90,12 +90,13 @@ def test_a_threshold_in_pixels_grows_with_the_photo(tmp_path):
     assert small == large and set(small.values()) == {0.5, 1.0}
 
 
-@pytest.mark.parametrize("category, fault", [
-    ("breakfast_box", "stain"), ("juice_bottle", "damaged_cap"), ("pushpins", "wrong_colour"),
-    ("screw_bag", "stained_bag"), ("splicing_connectors", "stain")])
-def test_a_fault_changes_the_canvas_there_and_nowhere_else(category, fault):
+@pytest.mark.parametrize("category, fault, seed", [
+    ("breakfast_box", "stain", 5), ("juice_bottle", "damaged_cap", 5),
+    ("pushpins", "wrong_colour", 6), ("screw_bag", "stained_bag", 5),
+    ("splicing_connectors", "stain", 5)])
+def test_a_fault_changes_the_canvas_there_and_nowhere_else(category, fault, seed):
     """On a draw where the fault takes no random number that the good photo would get later."""
-    good, bad = (drawing.Scene(np.random.default_rng(5), 192) for _ in range(2))
+    good, bad = (drawing.Scene(np.random.default_rng(seed), 192) for _ in range(2))
     render.SCENES[category](good)
     render.SCENES[category](bad, fault)
     assert good.regions == [] and len(bad.regions) == 1

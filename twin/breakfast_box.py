@@ -3,8 +3,8 @@ right lies granola above; banana chips and almonds, mixed, lie below it."""
 import numpy as np
 from PIL import Image, ImageDraw
 
-from twin.drawing import (background, blob, box, common, ellipse, minus, noise, polygon, scatter,
-                          soft, somewhere, stamp, stroke, turned, union)
+from twin.drawing import (background, blob, box, common, ellipse, minus, noise, patch, polygon,
+                          scatter, soft, somewhere, stamp, stroke, turned, union)
 
 # Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
 LOGICAL = {"missing_fruit": 2500, "wrong_fruit": 2500, "extra_fruit": 2500, "sides_swapped": 0.5,
@@ -116,22 +116,20 @@ def heap(scene, kinds, centres):
 
 
 def spoil(scene, fault, bowl, floor, granola, skins):
-    """Draws a structural fault into the finished box; returns its shape."""
+    """Draws a structural fault into the finished box."""
     rng = scene.rng
     if fault == "bruised_fruit":
         skin = skins[rng.integers(len(skins))]
-        damage = common(blob(scene, somewhere(scene, skin), 0.03, 0.055), skin)
-        opacity = rng.uniform(0.6, 0.95)
-        stamp(scene, soft(damage, 2), (0.25, 0.13, 0.06), 0.2, 5, -0.4, alpha=opacity)
+        patch(scene, skin, 0.03, 0.055, (0.25, 0.13, 0.06), (0.6, 0.95), scale=5, bulge=-0.4)
     elif fault == "stain":
         bare = minus(bowl, *skins)
-        damage = common(blob(scene, somewhere(scene, bare), 0.03, 0.06), bare)
-        stamp(scene, soft(damage, 1.5), (0.45, 0.25, 0.10), 0.2, 6, alpha=rng.uniform(0.35, 0.8))
+        patch(scene, bare, 0.03, 0.06, (0.45, 0.25, 0.10), (0.35, 0.8), 1.5, scale=6)
     elif fault == "foreign_body":
         colour, centre = BODIES[rng.integers(4)], somewhere(scene, floor)
         length, width = rng.uniform(0.06, 0.12), rng.uniform(0.025, 0.05)
         damage = box(scene, centre, length, width, rng.uniform(0, 180), rng.uniform(0.003, 0.011))
         stamp(scene, damage, colour, 0.05, 3, bulge=0.7, gloss=0.2, shadow=0.5)
+        scene.regions = [damage]
     elif fault == "torn_tray":       # a ragged wedge from a side, below the food
         along, depth = rng.uniform(-0.25, 0.25), rng.uniform(0.09, 0.16)
         half = rng.uniform(0.02, 0.045)
@@ -141,28 +139,27 @@ def spoil(scene, fault, bowl, floor, granola, skins):
         wedge = turned(wedge, rng.choice((0, 90, 180, 270)), TRAY[0])
         damage = minus(common(polygon(scene, wedge), box(scene, *TRAY)), *skins, floor)
         stamp(scene, soft(damage, 1), (0.12, 0.12, 0.14), 0.1)
+        scene.regions = [damage]
     else:                            # crushed_cereal
         damage = common(blob(scene, somewhere(scene, granola), 0.045, 0.075), floor)
         stamp(scene, soft(damage, 4), (0.60, 0.44, 0.25), 0.1)
         crumbs = scatter(scene, damage, 0.008)
         heap(scene, [CRUMB] * len(crumbs), crumbs)
-    return damage
+        scene.regions = [damage]
 
 
 def fruit_side(scene, fault):
-    """The left side's fruits; returns the tangerines' and the nectarines' shapes."""
+    """The left side's fruits; returns their shapes, T: the tangerines', N: the nectarines'."""
     rng = scene.rng
     fruits = rng.permutation(list(rng.choice(FRUITS.get(fault, ["TTN"]))))
-    heights, tangerines, nectarines = np.linspace(0.19, 0.76, max(3, len(fruits))), [], []
+    heights, shapes = np.linspace(0.19, 0.76, max(3, len(fruits))), {"T": [], "N": []}
     lean = rng.choice((-1, 1)) * rng.normal(0.042, 0.005)
     lean = lean * (-1.0) ** np.arange(len(heights))                  # zigzag
     for fruit, k in zip(fruits, rng.permutation(len(heights))):
         centre = (0.183 + 0.11 * heights[k] + lean[k], heights[k]) + rng.normal(size=2) * 0.008
-        if fruit == "T":
-            tangerines.append(tangerine(scene, centre))
-        else:
-            nectarines.append(nectarine(scene, centre))
-    return tangerines, nectarines
+        painter = tangerine if fruit == "T" else nectarine
+        shapes[fruit].append(painter(scene, centre))
+    return shapes
 
 
 def paint(scene, fault=None):
@@ -174,7 +171,7 @@ def paint(scene, fault=None):
         scene.pose[:, 0] *= -1
     background(scene, (0.12, 0.12, 0.15), 0.05)
     bowl, room = tray(scene)
-    tangerines, nectarines = fruit_side(scene, fault)
+    fruits = fruit_side(scene, fault)
 
     floor = rounded(scene, RIGHT, 0.035)
     stamp(scene, floor, (0.22, 0.12, 0.05), 0.2)
@@ -195,9 +192,9 @@ def paint(scene, fault=None):
     heap(scene, kinds, mix)
 
     if fault in STRUCTURAL:
-        scene.regions = [spoil(scene, fault, bowl, floor, granola, tangerines + nectarines)]
+        spoil(scene, fault, bowl, floor, granola, fruits["T"] + fruits["N"])
     elif fault in ("wrong_fruit", "extra_fruit"):
-        scene.regions = [union(*(tangerines if len(tangerines) > 2 else nectarines))]
+        scene.regions = [union(*fruits["T" if len(fruits["T"]) > 2 else "N"])]
     elif fault == "wrong_ratio":
         less, more = sorted((usual, share))
         scene.regions = [minus(portion(floor, order, more), portion(floor, order, less))]

@@ -32,8 +32,6 @@ class Scene:
         return np.asarray(points, float) @ self.pose[:, :2].T + self.pose[:, 2]
 
 
-# Points
-
 def turned(points, angle, centre=(0, 0), squeeze=1):
     """Points about the origin, turned by `angle` degrees and moved to `centre`. Our photos are
     square. Where LOCO's is wider than high, `squeeze`, its height / width, shrinks x lengths."""
@@ -47,26 +45,19 @@ def circle(n):
     return np.stack([np.cos(t), np.sin(t)], 1)
 
 
-def slab(w, h):
-    """Outline of a w x h rectangle with round corners, about the origin."""
-    return np.sign(circle(60)) * np.abs(circle(60)) ** 0.25 * (w / 2, h / 2)
-
-
-# Shapes
-
 def polygon(scene, points):
     shape = Image.new("L", (scene.side, scene.side))
     ImageDraw.Draw(shape).polygon(scene.pixels(points).ravel().tolist(), fill=255)
     return shape
 
 
-def stroke(scene, width, *lines, caps=True):
-    """Lines of a width, round at their joints and, with caps, at their ends."""
+def stroke(scene, width, *lines):
+    """Lines of a width, round at their joints and ends."""
     shape, w = Image.new("L", (scene.side, scene.side)), width * scene.side
     pen = ImageDraw.Draw(shape)
     for line in map(scene.pixels, lines):
         pen.line(line.ravel().tolist(), fill=255, width=max(1, round(w)), joint="curve")
-        for x, y in line[[0, -1]] if caps else ():
+        for x, y in line[[0, -1]]:
             pen.ellipse((x - w / 2, y - w / 2, x + w / 2, y + w / 2), fill=255)
     return shape
 
@@ -81,11 +72,11 @@ def ellipse(scene, centre, rx, ry, angle=0.0, wobble=0.0):
     return polygon(scene, turned(outline, angle, centre))
 
 
-def box(scene, centre, w, h, angle=0.0, radius=0.0):
+def box(scene, centre, w, h, angle=0.0, radius=0.0, squeeze=1.0):
     """Rectangle of width w and height h, its corners rounded by `radius`."""
     corner = circle(32)
     outline = np.sign(corner) * (w / 2 - radius, h / 2 - radius) + radius * corner
-    return polygon(scene, turned(outline, angle, centre))
+    return polygon(scene, turned(outline, angle, centre, squeeze))
 
 
 def blob(scene, centre, smallest, largest):
@@ -123,8 +114,6 @@ def somewhere(scene, shape):
     """A random point well inside a shape, in scene units."""
     return scatter(scene, soft(shape, 10).point(lambda value: 255 * (value > 225)), 0.01)[0]
 
-
-# Painting
 
 def stretched(array, width, height):
     return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC))
@@ -187,9 +176,7 @@ def stamp(scene, shape, colour, grain=0.05, scale=4.0, bulge=0.0, gloss=0.0, sha
         fallen = ImageChops.offset(shape, round(5 * unit), round(6 * unit))
         fallen = fallen.filter(ImageFilter.GaussianBlur(5 * unit))
         here *= 1 - shadow / 255 * np.asarray(fallen, np.float32) * (1 - cover)
-    tone = np.ones((h, w), np.float32)
-    if grain:
-        tone += grain * noise(scene.rng, h, w, scale * unit)
+    tone = 1 + grain * noise(scene.rng, h, w, scale * unit) if grain else np.ones((h, w), "f4")
     if bulge or gloss:
         rim = max(1.5, min(bounds[2] - bounds[0], bounds[3] - bounds[1]) / 6)
         lit, height = relief(shape, rim)
@@ -199,6 +186,14 @@ def stamp(scene, shape, colour, grain=0.05, scale=4.0, bulge=0.0, gloss=0.0, sha
         shine = np.exp(-((lit / (lit.max() + 1e-6) - 0.6) / 0.25) ** 2)
         paint += stretched(gloss * shine * height, w, h)
     here += alpha * cover * (paint - here)
+
+
+def patch(scene, area, smallest, largest, colour, opacity=(1, 1), blur=2.0, **texture):
+    """Paints dirt or damage at a random place in an area: the fault's region."""
+    shape = common(blob(scene, somewhere(scene, area), smallest, largest), area)
+    alpha = scene.rng.uniform(*opacity)
+    stamp(scene, soft(shape, blur), colour, 0.2, alpha=alpha, **texture)
+    scene.regions = [shape]
 
 
 def develop(scene, size):

@@ -3,7 +3,7 @@ from functools import partial
 
 import numpy as np
 
-from twin.drawing import (background, box, common, ellipse, minus, polygon, stamp, stroke, turned,
+from twin.drawing import (background, box, common, minus, patch, polygon, stamp, stroke, turned,
                           union)
 
 # Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
@@ -25,13 +25,6 @@ NEEDLE = np.array([(0.05, 0), (0.10, 0), (0.155, 0)])
 NO_YELLOW = [(0.75, 0.10, 0.08), (0.12, 0.50, 0.20), (0.15, 0.25, 0.70), (0.80, 0.80, 0.78)]
 
 
-def clearest(spots, taken):
-    """The spot that is farthest from all the centres that are taken."""
-    def room(spot):
-        return min((np.linalg.norm((spot - t) / (SQUEEZE, 1)) for t in taken), default=0)
-    return max(spots, key=room)
-
-
 def pushpin(scene, low, high, taken, fault):
     """One pin at any angle between the corners low and high, clear of the centres `taken`.
     Returns its body's shape."""
@@ -40,7 +33,9 @@ def pushpin(scene, low, high, taken, fault):
     colour = np.array((0.98, 0.66, 0.04)) * rng.normal(1, 0.04)
     reach = turned(np.concatenate([body, NEEDLE]), angle, squeeze=SQUEEZE)
     spots = rng.uniform(low + 0.012 - reach.min(0), high - 0.012 - reach.max(0), (20, 2))
-    taken.append(clearest(spots, taken))
+    apart = [min((np.linalg.norm((spot - t) / (SQUEEZE, 1)) for t in taken), default=0)
+             for spot in spots]
+    taken.append(spots[np.argmax(apart)])
     put = partial(turned, angle=angle, centre=taken[-1], squeeze=SQUEEZE)
     shape = polygon(scene, put(body))
     if fault == "wrong_colour":
@@ -63,7 +58,7 @@ def pushpin(scene, low, high, taken, fault):
 
 
 def clear_box(scene, fault):
-    """The empty box: its catch, its rim and its walls."""
+    """The empty box: its rim and its walls."""
     rng, grey, walls = scene.rng, (0.62, 0.59, 0.57), []
     for x in COLUMNS[1:-1]:
         walls += [[(x, top), (x, bottom)] for top, bottom in zip(ROWS, ROWS[1:])]
@@ -72,13 +67,10 @@ def clear_box(scene, fault):
     walls = [np.array(wall) + rng.normal(0, 0.0015, (2, 2)) for wall in walls]
     if fault == "missing_divider":
         scene.regions.append(stroke(scene, 0.02, walls.pop(rng.integers(len(walls)))))
-    catch = box(scene, (0.495, 0.035), 0.2, 0.04, radius=0.01)
-    stamp(scene, catch, (0.3, 0.32, 0.36), bulge=0.6, alpha=0.8)
     outer = box(scene, (0.4975, 0.505), 0.967, 0.912, radius=0.056)
     inner = box(scene, (0.4975, 0.505), 0.925, 0.870, radius=0.035)
     stamp(scene, minus(outer, inner), grey, grain=0.2, scale=20, bulge=0.5, alpha=0.45)
-    walls = stroke(scene, 0.0095, *walls, caps=False)
-    stamp(scene, walls, grey, grain=0.2, scale=20, alpha=0.6)
+    stamp(scene, stroke(scene, 0.0095, *walls), grey, grain=0.2, scale=20, alpha=0.6)
 
 
 def paint(scene, fault=None):
@@ -101,8 +93,5 @@ def paint(scene, fault=None):
         if len(pins) > 1:
             scene.regions.append(union(*pins))
         if here == "foreign_body":
-            spot = (low + high) / 2 + rng.uniform(-0.05, 0.05, 2)
-            body = ellipse(scene, spot, *rng.uniform(0.02, 0.045, 2), wobble=0.25)
             colour = rng.uniform(0.25, 0.75, 3) * (0.8, 0.8, 1)
-            scene.regions.append(body)
-            stamp(scene, body, colour, grain=0.2, bulge=0.5)
+            patch(scene, box(scene, (low + high) / 2, 0.16, 0.26), 0.02, 0.045, colour, bulge=0.5)

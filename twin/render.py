@@ -49,9 +49,8 @@ class Parser(argparse.ArgumentParser):
 
 def check_category(category: str):
     if category not in SCENES:
-        near = [f"; did you mean {n}?" for n in difflib.get_close_matches(category, SCENES, 1)]
-        names = ", ".join(SCENES) + "".join(near)
-        raise TwinError(f"--category {category}: not one of the rendered {names}")
+        near = difflib.get_close_matches(category, SCENES, 1) or SCENES
+        raise TwinError(f"--category {category}: unknown; did you mean {' or '.join(near)}?")
 
 
 def draw(category: str, kind: str, index: int, size: int, seed: int):
@@ -122,11 +121,12 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
     and the README's figures are seed 1.
     """
     check_category(category)
-    target, note = Path(out) / category, "drawn by LADMIM's twin/render.py, not photographed"
-    mark = {"seed": seed, "size": size, "note": note}
-    if target.exists():
-        raise TwinError(f"{target} exists already; remove it or give another --out")
+    target = Path(out) / category
+    mark = {"seed": seed, "size": size,
+            "note": "drawn by LADMIM's twin/render.py, not photographed"}
     try:
+        if target.exists():
+            raise TwinError(f"{target} exists already; remove it or give another --out")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{category}-", dir=out) as unfinished:
             folder = Path(unfinished, category)
@@ -141,29 +141,23 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
         raise TwinError(f"rendering {target} failed ({error}); nothing was written") from None
     except OSError as error:
         raise TwinError(f"cannot write {target}: {error.strerror}; choose another --out") from error
-    photos = f"{sum(counts.values())} photos of {size} x {size} pixels"
-    print(f"rendered {category}: {photos} in {target}", file=sys.stderr)
 
 
-def parse(argv):
+def render_all(argv):
+    """The command."""
     parser = Parser(prog="twin/render.py", description="Draws the rendered twin of MVTec LOCO.")
     parser.add_argument("--out", required=True, type=Path, help="will hold the category folders")
     parser.add_argument("--category", default="all", help=f"all, or some of {','.join(SCENES)}")
-    for kind, n in COUNTS.items():
-        option = f"--{kind.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=n, help=f"photos (default {n})")
-    parser.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
-    parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args(argv)
-
-
-def render_all(args):
-    names = list(SCENES) if args.category == "all" else args.category.split(",")
-    for name in names:
-        check_category(name)
+    for name, default in {**COUNTS, "size": 256, "seed": 1}.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=default, help=f"default {default}")
+    args = parser.parse_args(argv)
     counts = {kind: getattr(args, kind) for kind in COUNTS}
     if args.train < 2 or args.size < 64 or min(args.seed, *counts.values()) < 0:
         raise TwinError("--train must be at least 2, --size 64, --seed and the other counts 0")
+    names = list(SCENES) if args.category == "all" else args.category.split(",")
+    for name in names:
+        check_category(name)
     for name in names:
         render(args.out, name, counts, args.size, args.seed)
         print(f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in counts.items()), flush=True)
@@ -171,7 +165,7 @@ def render_all(args):
 
 def main(argv=None) -> int:
     try:
-        render_all(parse(argv))
+        render_all(argv)
     except TwinError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

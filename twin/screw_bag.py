@@ -4,8 +4,8 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from twin.drawing import (background, circle, common, ellipse, minus, noise, polygon, slab, soft,
-                          stamp, stroke, turned, union)
+from twin.drawing import (background, box, circle, common, ellipse, minus, noise, patch,
+                          polygon, soft, stamp, stroke, turned, union)
 
 # Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
 LOGICAL = {"missing_washer": 220, "additional_washer": 220, "missing_nut": 260,
@@ -55,8 +55,8 @@ def hardware(scene, kind, centre, angle, fault):
     steel = np.array((0.66, 0.66, 0.56)) * rng.normal(1, 0.03)
     end = SHANK.get(kind, 0) / 2     # a bolt's shank reaches from -end to end
     if end:
-        shank = polygon(scene, put(slab(2 * end, 0.042)))
-        pieces = [shank, polygon(scene, put(slab(0.05, 0.088) - (end, 0)))]
+        shank = box(scene, centre, 2 * end, 0.042, angle, 0.01, SQUEEZE)
+        pieces = [shank, box(scene, put([(-end, 0)])[0], 0.05, 0.088, angle, 0.015, SQUEEZE)]
     else:
         outline, bore = (polygon(scene, put(points)) for points in ROUND[kind])
         pieces = [minus(outline, bore)]
@@ -75,42 +75,21 @@ def hardware(scene, kind, centre, angle, fault):
     if fault == "rusty_part":
         rust = common(shape, ellipse(scene, centre, 0.09, 0.09, wobble=0.4))
         scene.regions.append(rust)
-        opacity = rng.uniform(0.7, 0.95)
-        stamp(scene, rust, (0.42, 0.20, 0.08), grain=0.35, scale=7, alpha=opacity)
+        stamp(scene, rust, (0.42, 0.20, 0.08), grain=0.35, scale=7, alpha=rng.uniform(0.7, 0.95))
     return shape
 
 
 def bag(scene):
-    """A clear bag with its folds, its rim and its zip."""
+    """A clear bag with its folds and its zip."""
     rng, n = scene.rng, scene.side
-    corners = np.array([(0.07, 0.09), (0.925, 0.12), (0.925, 0.90), (0.065, 0.87)])
-    corners = corners + rng.normal(0, 0.006, (4, 2))
-    film = polygon(scene, corners)
+    corners = [(0.07, 0.09), (0.925, 0.12), (0.925, 0.90), (0.065, 0.87)]
+    film = polygon(scene, corners + rng.normal(0, 0.006, (4, 2)))
+    stamp(scene, film, (0.08, 0.08, 0.095), grain=0, bulge=-1)
     folds = np.tanh(2.5 * noise(rng, n, n, n / 4.5) + 0.6 * noise(rng, n, n, n / 14))
-    stamp(scene, film, (0.08, 0.08, 0.095), grain=0)
     folds = common(film, Image.fromarray(np.uint8(127 + 127 * folds)))
     stamp(scene, folds, (0.12, 0.118, 0.115), grain=0.03)
-    rim = stroke(scene, 0.005, corners[[0, 1, 2, 3, 0]])
-    stamp(scene, rim, (0.40, 0.39, 0.38), grain=0, alpha=0.5)
     zipper = stroke(scene, 0.016, [(0.782, 0.115), (0.786, 0.89)])
     stamp(scene, zipper, (0.62, 0.62, 0.64), bulge=0.6, alpha=0.6)
-
-
-def spoil(scene, fault, shapes):
-    """Tears the bag open, or stains it, at a random place."""
-    rng = scene.rng
-    outline = circle(10) * rng.uniform(0.5, 1.2, (10, 1)) * rng.uniform(0.032, 0.06, 2)
-    centre = rng.uniform((0.14, 0.17), (0.7, 0.8))
-    spot = polygon(scene, outline + centre)
-    if fault == "torn_bag":
-        hole = minus(polygon(scene, outline * 0.75 + centre), *shapes)
-        spot = minus(spot, *shapes)
-        stamp(scene, spot, (0.62, 0.61, 0.60), grain=0.25)       # the torn film curls up, white
-        stamp(scene, hole, (0.025, 0.025, 0.027))
-    else:
-        colour, opacity = DIRT[rng.integers(3)], rng.uniform(0.55, 0.9)
-        stamp(scene, soft(spot, 2), colour, grain=0.25, alpha=opacity)
-    scene.regions.append(spot)
 
 
 def paint(scene, fault=None):
@@ -130,9 +109,13 @@ def paint(scene, fault=None):
         here = fault if i == hit else None
         shapes.append(hardware(scene, kind, *room_for(rng, kind, taken), here))
     if added:
-        scene.regions.append(union(*(s for s, kind in zip(shapes, kinds) if kind == added)))
-    elif out:
-        inside = [(0.09, 0.11), (0.76, 0.13), (0.76, 0.87), (0.09, 0.85)]
-        scene.regions.append(polygon(scene, inside))
-    elif fault in ("torn_bag", "stained_bag"):
-        spoil(scene, fault, shapes)
+        scene.regions = [union(*(s for s, kind in zip(shapes, kinds) if kind == added))]
+    inside = polygon(scene, [(0.09, 0.11), (0.76, 0.13), (0.76, 0.87), (0.09, 0.85)])
+    if out and not added:
+        scene.regions = [inside]
+    elif fault == "stained_bag":
+        patch(scene, inside, 0.032, 0.06, DIRT[rng.integers(3)], (0.55, 0.9))
+    elif fault == "torn_bag":        # the film curls up, white, about a hole
+        patch(scene, minus(inside, *shapes), 0.032, 0.06, (0.62, 0.61, 0.60))
+        hole = soft(scene.regions[0], 8).point(lambda value: 255 * (value > 225))
+        stamp(scene, hole, (0.025, 0.025, 0.027))

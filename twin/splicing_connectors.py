@@ -4,8 +4,8 @@ from functools import partial
 
 import numpy as np
 
-from twin.drawing import (background, common, ellipse, minus, polygon, slab, soft, stamp, stroke,
-                          turned, union)
+from twin.drawing import (background, box, common, ellipse, minus, patch, stamp, stroke, turned,
+                          union)
 
 # Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
 LOGICAL = {"wrong_cable_colour": 0.7, "unequal_connectors": 0.4, "wrong_cable_location": 0.5,
@@ -20,23 +20,23 @@ ORANGE, COPPER = np.array((0.96, 0.31, 0.07)), (0.66, 0.38, 0.20)
 
 
 def mesh(scene):
-    """Cuts the background into expanded metal: rounded wires where |cos u + cos v| is small, and
+    """Cuts the background into expanded metal: rounded wires where |cos x + cos y| is small, and
     between them staggered diamond holes."""
-    n, rng = scene.side, scene.rng
-    across, down = 2 * np.pi / 0.075 / n * np.arange(n, dtype=np.float32) + rng.uniform(0, 6.3, (2, 1))
-    wave = np.cos(across) + np.cos(down)[:, None]
+    rng, n = scene.rng, scene.side
+    turns = np.arange(n, dtype=np.float32) / n / 0.075
+    x, y = 2 * np.pi * (turns + rng.uniform(0, 1, (2, 1)))   # (n,) each
+    wave = np.cos(x) + np.cos(y)[:, None]
     wire = np.clip(1.2 - np.abs(wave + 0.08) / 0.52, 0, 1)   # (n, n), 1 on a wire, 0 in a hole
     scene.photo *= (0.06 + 0.75 * wire * (1 + 0.25 * wave))[..., None]
 
 
 def connector(scene, centre, angle, side, clamps, fault):
-    """A connector, side: 1 levers to the right, -1 left. Returns its shape, that of its place
-    where it is missing."""
+    """A connector, side: 1 levers to the right, -1 left. Returns its shape, missing or not."""
     rng, put = scene.rng, partial(turned, angle=angle, centre=centre, squeeze=SQUEEZE)
     orange, hit, gone = ORANGE * rng.normal(1, 0.05), rng.integers(clamps), None
 
     def piece(x, y, w, h):
-        shape = polygon(scene, put(slab(w, h) + (side * x, y)))
+        shape = box(scene, put([(side * x, y)])[0], w, h, angle, 0.015, SQUEEZE)
         return minus(shape, gone) if gone else shape
 
     whole = piece(0, 0, 0.32, clamps * PITCH + 0.03)
@@ -49,26 +49,20 @@ def connector(scene, centre, angle, side, clamps, fault):
     housing = piece(-0.02, 0, 0.28, clamps * PITCH + 0.025)
     stamp(scene, housing, (0.62, 0.56, 0.54), grain=0.06, bulge=0.4, shadow=0.6, alpha=0.7)
     for clamp in range(clamps):
-        y, lifted = (clamp - (clamps - 1) / 2) * PITCH, fault == "open_lever" and clamp == hit
-        lever = piece(0.14, y, 0.28, PITCH * 0.92) if lifted else piece(0.055, y, 0.2, PITCH * 0.92)
+        y = (clamp - (clamps - 1) / 2) * PITCH
+        lever = piece(0.055, y, 0.2, PITCH * 0.92)
+        if fault == "open_lever" and clamp == hit:
+            lever = piece(0.14, y, 0.28, PITCH * 0.92)
+            scene.regions.append(lever)
         stamp(scene, lever, orange, grain=0.04, bulge=0.45, shadow=0.5)
         stamp(scene, piece(-0.02, y, 0.085, 0.045), (0.45, 0.35, 0.31), grain=0.25, bulge=0.4)
-        if lifted:
-            scene.regions.append(lever)
-            stamp(scene, piece(0.03, y, 0.1, PITCH * 0.7), (0.16, 0.12, 0.11), grain=0.3)
     if fault == "stain":
-        along, across = side * rng.uniform(-0.05, 0.13), rng.uniform(-0.5, 0.5)
-        spot = put([(along, across * (clamps - 0.6) * PITCH)])[0]
-        stain = ellipse(scene, spot, *rng.uniform(0.03, 0.06, 2), wobble=0.35)
-        scene.regions.append(stain)
-        opacity = rng.uniform(0.7, 0.95)
-        stamp(scene, soft(stain, 2), (0.13, 0.10, 0.07), grain=0.3, alpha=opacity)
+        patch(scene, whole, 0.03, 0.06, (0.13, 0.10, 0.07), (0.7, 0.95))
     return whole
 
 
 def cable_path(rng, places, clamps, rows):
-    """(40, 2) points from clamp rows[0] of the left connector to clamp rows[1] of the right one,
-    sagging a little."""
+    """(40, 2) points from the left clamp rows[0] to the right clamp rows[1], sagging a little."""
     ends = []
     for (centre, angle, side), n, row in zip(places, clamps, rows):
         end = (side * 0.14, (row - (n - 1) / 2) * PITCH)
@@ -95,19 +89,6 @@ def cable(scene, path, colour, fault):
         scene.regions.append(stroke(scene, 0.05, path[i:i + 4]))
 
 
-def faulty_paths(scene, fault, paths, hit):
-    """The cables' paths after a fault, whose region is drawn too."""
-    if fault in ("wrong_cable_colour", "wrong_cable_location", "extra_cable"):
-        scene.regions.append(stroke(scene, 0.025, *paths))
-    elif fault == "missing_cable":
-        scene.regions.append(stroke(scene, 0.06, paths.pop()))
-    elif fault == "loose_cable":     # it ends short of the connector
-        gap = np.arange(30, 40) if hit else np.arange(10)
-        scene.regions.append(stroke(scene, 0.05, paths[0][gap]))
-        paths = [np.delete(paths[0], gap, axis=0)]
-    return paths
-
-
 def paint(scene, fault=None):
     """Draws the connectors: good ones, or with a fault of LOGICAL or STRUCTURAL."""
     rng = scene.rng
@@ -131,7 +112,15 @@ def paint(scene, fault=None):
     if fault == "extra_cable":
         rows.append((other, other))
     paths = [cable_path(rng, places, clamps, pair) for pair in rows]
-    for path in faulty_paths(scene, fault, paths, hit):
+    if fault in ("wrong_cable_colour", "wrong_cable_location", "extra_cable"):
+        scene.regions = [stroke(scene, 0.025, *paths)]
+    elif fault == "missing_cable":
+        scene.regions = [stroke(scene, 0.06, paths.pop())]
+    elif fault == "loose_cable":     # it ends short of the connector
+        gap = np.arange(30, 40) if hit else np.arange(10)
+        scene.regions = [stroke(scene, 0.05, paths[0][gap])]
+        paths = [np.delete(paths[0], gap, axis=0)]
+    for path in paths:
         cable(scene, path, colour, fault)
 
     if fault == "reversed_connector":
@@ -139,6 +128,6 @@ def paint(scene, fault=None):
     bodies = [connector(scene, *place, clamps[i], fault if i == hit else None)
               for i, place in enumerate(places)]
     if fault in ("missing_connector", "reversed_connector"):
-        scene.regions.append(bodies[hit])
-    if fault == "unequal_connectors":
-        scene.regions.append(union(*bodies))
+        scene.regions = [bodies[hit]]
+    elif fault == "unequal_connectors":
+        scene.regions = [union(*bodies)]

@@ -304,20 +304,21 @@ def distill(args, save_every=60.0) -> int:
         with runs.in_precision(args.precision, device):
             guess = student(imagenet(x))
         loss = F.mse_loss(guess.float(), truth)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 20 == 0:                           # a look at the loss waits for the GPU
+        save = time.monotonic() - saved > save_every
+        if step % 20 == 0 or save:                   # a look at the loss waits for the GPU
             now = float(loss.detach())
             running = now if running is None else 0.9 * running + 0.1 * now
             if not math.isfinite(running):
-                raise InputError(f"distilling: the loss is {running} at step {step}; the last good "
-                                 "step is kept; try a smaller --lr")
-        if time.monotonic() - saved > save_every:
-            state |= {"step": step + 1, "student": student.state_dict(),
+                raise InputError(f"distilling: the loss is {running} at step {step}; try a smaller "
+                                 "--lr and another --out")
+        if save:                                     # what has just given a finite loss
+            state |= {"step": step, "student": student.state_dict(),
                       "optimizer": optimizer.state_dict()}
             runs.save_tensors(part_of(args.out), state)
             saved = time.monotonic()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         progress(step + 1, f"unexplained {running or 1:.3f}")
 
     student.eval().requires_grad_(False)
