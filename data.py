@@ -37,15 +37,13 @@ warnings.filterwarnings("ignore", module=r"PIL\.")   # bad files are reported by
 # Errors, files, commands
 
 def printable(text: str) -> str:
-    """The text with line breaks, terminal codes and bytes that are no UTF-8 escaped: file names
-    may hold all of these."""
+    """Escapes line breaks, terminal codes and bytes that are no UTF-8: file names may hold them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
                    for c in text)
 
 
 class InputError(Exception):
-    """Something the user gave cannot be used. The message is one line that names it and says what
-    to do."""
+    """What the user gave cannot be used: one line that names it and says what to do."""
     def __str__(self):
         return printable(super().__str__())
 
@@ -137,20 +135,13 @@ class Photo:
 
 
 def is_image(path: Path) -> bool:
-    return (path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-            and path.is_file())
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def images_in(folder: Path) -> list[Path]:
     """The images of a folder or, as BMAD has it, of its img folder, by name."""
     folder = folder / "img" if (folder / "img").is_dir() else folder
     return sorted(filter(is_image, folder.iterdir())) if folder.is_dir() else []
-
-
-def good_folder(split: Path) -> Path:
-    """split/good, also where it is written Good."""
-    return max((path for path in split.glob("*") if path.name.lower() == "good"),
-               default=split / "good")
 
 
 def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
@@ -168,15 +159,13 @@ def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
 
 
 def folder_layout(folder: Path, category: str) -> list[Photo]:
-    """MVTec LOCO, MVTec AD, BMAD and own photos: train/good, validation/good where there is one,
-    test/KIND."""
-    train, test = good_folder(folder / "train"), folder / "test"
-    if not images_in(train):
-        raise InputError(f"{train}: no training photos; put photos of good products there (PNG, "
-                         "JPEG, TIFF, BMP, ...)")
+    """MVTec LOCO, MVTec AD, BMAD and own photos: train/good, validation/good, test/KIND."""
+    train, test = folder / "train" / "good", folder / "test"
     photos = [Photo(path, category, "train") for path in images_in(train)]
+    if not photos:
+        raise InputError(f"{train}: no training photos; put photos of good products there")
     for name in VALIDATION:
-        validation = images_in(good_folder(folder / name))
+        validation = images_in(folder / name / "good")
         photos += [Photo(path, category, "validation") for path in validation]
     if images_in(test):
         raise InputError(f"{test}: photos lie in it directly; move them into its folders good and "
@@ -184,8 +173,7 @@ def folder_layout(folder: Path, category: str) -> list[Photo]:
     for kind in sorted(filter(Path.is_dir, test.glob("[!.]*"))):
         good, images = kind.name.lower() == "good", images_in(kind)
         if not images and any(not path.name.startswith(".") for path in kind.iterdir()):
-            raise InputError(f"{kind}: holds files or folders, but no photos; put the photos "
-                             "directly into it")
+            raise InputError(f"{kind}: holds files, but no photos; put photos directly into it")
         for path in images:
             masks = () if good else find_masks(folder, kind.name, path.stem)
             photos.append(Photo(path, category, "test", "good" if good else kind.name, masks))
@@ -208,8 +196,7 @@ def visa_layout(root: Path, category: str, table: Path) -> list[Photo]:
         name, good, split = Path(row["image"]), row["label"] == "normal", row["split"]
         path, mask = root / name, root / row["mask"]
         if name.parts[:1] != (category,) or not path.is_file() or path in photos:
-            raise InputError(f"{table}: lists {name}, which is missing under {root} or listed "
-                             "twice; unpack VisA again")
+            raise InputError(f"{table}: {name} is missing or listed twice; unpack VisA again")
         if split not in ("train", "test") or (split == "train" and not good):
             raise InputError(f"{table}: {name} is neither a normal training photo nor a test "
                              "photo; unpack VisA again")
@@ -274,8 +261,7 @@ def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
     if not any(photo.split == "validation" for photo in photos):
         train = sorted(photo.path for photo in photos if photo.split == "train")
         if len(train) < 2:
-            raise InputError(f"{folder}: {len(train)} training photos; add more, one in ten is "
-                             "held out for validation")
+            raise InputError(f"{folder}: {len(train)} training photos are too few; add more")
         tag = zlib.crc32(os.fsencode(f"validation {category} {seed}"))
         order = np.random.default_rng(tag).permutation(len(train))
         count = min(len(train) - 1, max(2, round(len(train) / 10)))
@@ -485,7 +471,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode -> RGB, turned as EXIF says, alpha over black. Integers beyond 8 bits are taken as 0
     to 65535, floats as 0 to 1 or, where they exceed 1, as 0 to 255; other values are refused."""
     with suppress(Exception):      # a broken EXIF block says nothing about the pixels
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float32)
         top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
@@ -493,8 +479,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"values from {values.min():g} to {values.max():g}: save it with 8 or "
                              "16 bits")
         return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8)).convert("RGB")
-    alpha = image.mode in ("LA", "PA", "La", "RGBA", "RGBa")
-    if alpha or "transparency" in image.info:
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         black = Image.new("RGB", image.size)
         black.paste(image, mask=image.getchannel("A"))
@@ -535,9 +520,6 @@ def load_images(paths, size: int):
     return ahead(lambda path: load_image(path, size), paths)
 
 
-def no_command():
-    raise InputError("data.py is no command; python twin/render.py draws the twin")
-
-
 if __name__ == "__main__":
-    sys.exit(run_command(no_command))
+    print("error: data.py is no command; python twin/render.py draws the twin", file=sys.stderr)
+    sys.exit(2)

@@ -2,9 +2,9 @@
 
 Nothing is cached, shared or left out: photos are decoded and sent through the backbone whenever
 they are needed, scoring goes one mask of one photo at a time, and histograms and nearest codes are
-written as the equations read. What is not ours to improve is the same on both sides: attention is
-PyTorch's, a training step works on a whole batch. tests/test_bench.py holds both sides to the same
-losses, codebooks and scores.
+written as the equations read. What is not ours to improve is the same on both sides: the backbone,
+attention and the optimiser are PyTorch's, a training step works on a whole batch.
+tests/test_bench.py holds both sides to the same losses, codebooks and scores.
 """
 from __future__ import annotations
 
@@ -29,16 +29,10 @@ from twin.render import draw  # noqa: E402
 # The long way
 
 def features(detector, paths):
-    """h0 (B, N, d0) as a training loop without a cache gets it: each photo decoded and resized, the
-    backbone run, every step anew. Rounded to float16 only because our cache is, so that both sides
-    see the same numbers."""
-    size = detector.cfg.image_size
-    images = torch.stack([torch.from_numpy(data.load_image(path, size)) for path in paths])
-    images = images.to(detector.mean.device).permute(0, 3, 1, 2).contiguous().float() / 255
-    with torch.no_grad():
-        x = detector.plain_pdn(backbone.imagenet(images))
-    h0 = F.avg_pool2d(x, x.shape[-1] // detector.cfg.grid).flatten(2).transpose(1, 2)
-    return (h0.half().float() - detector.mean) / detector.std
+    """h0 (B, N, d0) as a training loop without a cache gets it, every step anew: each photo decoded
+    and resized, the backbone run. In float16's precision, as our cache keeps it."""
+    images = [data.load_image(path, detector.cfg.image_size) for path in paths]
+    return detector.look(np.stack(images))[0]
 
 
 def nearest_code(x, codebook):
@@ -109,19 +103,20 @@ def score(detector, path, every_mask=True):
 
 # Ours
 
+def training_masks(cfg, device):
+    """A mask (1, N) for each photo of the ViT's batch, (B, 1, N)."""
+    return ladmim.draw_masks(cfg, cfg.mim_batch, seeded(0), scoring=False)[:, None].to(device)
+
+
 def our_losses(detector, h0):
-    """Training on cached features h0, codes and masks. -> for HVQ-Trans and for the ViT: the model,
-    its loss, the inputs of a batch, the clip."""
-    cfg, hvq, mim, m = detector.cfg, detector.hvq, detector.mim, detector.cfg.mim_batch
+    """-> the losses of HVQ-Trans and of the ViT, as functions. What a training keeps is kept: the
+    features h0 and the codes."""
+    hvq, mim, photos = detector.hvq, detector.mim, h0[:detector.cfg.mim_batch]
+    masks = training_masks(detector.cfg, h0.device)
     with torch.no_grad():
-        codes = hvq(h0[:m])[1].to(torch.int16)
-    masks = ladmim.draw_masks(cfg, m, seeded(0), scoring=False)[:, None].to(h0.device)
-
-    def equation12(h0, masks, codes):
-        return ladmim.mim_error(mim, mim(h0, masks), h0, masks, codes).mean()
-
-    return ((hvq, hvq.loss, (h0[:cfg.hvq_batch],), cfg.hvq_clip),
-            (mim, equation12, (h0[:m], masks, codes), cfg.mim_clip))
+        codes = hvq(photos)[1].to(torch.int16)
+    return (lambda: hvq.loss(h0[:detector.cfg.hvq_batch]),
+            lambda: ladmim.mim_error(mim, mim(photos, masks), photos, masks, codes).mean())
 
 
 def our_score(detector, paths):
@@ -133,58 +128,52 @@ def our_score(detector, paths):
 
 # Both
 
-def make_detector(cfg, device, seed=0):
+def make_detector(cfg, device):
     """An untrained detector with the shipped backbone and moments like a training set's: time and
     agreement need no more."""
-    torch.manual_seed(seed)
-    pdn, _ = backbone.load_pdn(cfg.pdn, seed)
+    torch.manual_seed(0)
+    pdn = backbone.load_pdn(cfg.pdn, 0)[0].to(device, memory_format=torch.channels_last)
     hvq, mim = ladmim.HVQ(cfg, backbone.CHANNELS), ladmim.ViT(cfg, backbone.CHANNELS)
-    mean, masks = torch.zeros(backbone.CHANNELS), ladmim.scoring_masks(cfg, seed, device)
-    detector = ladmim.Detector(cfg, pdn.to(device, memory_format=torch.channels_last),
-                               hvq.to(device), mim.to(device), mean.to(device),
-                               mean.to(device) + 1, masks, {})
-    detector.plain_pdn = backbone.load_pdn(cfg.pdn, seed)[0].to(device)
-    return detector
+    mean = torch.zeros(backbone.CHANNELS, device=device)
+    masks = ladmim.scoring_masks(cfg, 0, device)
+    return ladmim.Detector(cfg, pdn, hvq.to(device), mim.to(device), mean, mean + 1, masks, {})
 
 
 def draw_photos(folder: Path, n: int, size: int) -> list[Path]:
     """n rendered photos of size x size pixels as PNG files."""
     paths = [folder / f"{i}.png" for i in range(n)]
     for i, path in enumerate(paths):
-        photo = draw("breakfast_box", "train", i, size, 1)[0]
-        Image.fromarray(photo).save(path, compress_level=1)
+        Image.fromarray(draw("breakfast_box", "train", i, size, 1)[0]).save(path, compress_level=1)
     return paths
 
 
-def step(model, loss, inputs, clip, fused):
-    """One optimiser step as a function without arguments. fused: one kernel for all weights, as
-    `ladmim.adamw` asks for."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=fused)
-    batch = [0]                                      # this process has all of it
-    return lambda: ladmim.descend(optimizer, loss(*inputs), batch, batch, clip)
+def step(model, loss, clip):
+    """One optimiser step as a function without arguments."""
+    optimizer, batch = ladmim.adamw(model, 1e-5, 0.01), [0]      # this process has all of the batch
+    return lambda: ladmim.descend(optimizer, loss(), batch, batch, clip)
 
 
 def pairs(detector, paths):
     """-> the step's name: {the way's name: (photos, function)}, the way "ours" among them. paths:
-    photos enough for a batch of each stage."""
-    cfg, b, m = detector.cfg, detector.cfg.hvq_batch, detector.cfg.mim_batch
-    slow = cfg.grid >= 24 and detector.mean.device.type == "cpu"
-    scored = paths[:2 if slow else 8]
-    hvq, mim = our_losses(detector, features(detector, paths))
-    masks = mim[2][1][:, 0]
-    long_hvq = detector.hvq, hvq_loss, (detector, paths[:b]), cfg.hvq_clip
-    long_mim = detector.mim, mim_loss, (detector, paths[:m], masks), cfg.mim_clip
+    photos enough for a batch of each stage, and 8 to score."""
+    cfg, hvq, mim = detector.cfg, detector.hvq, detector.mim
+    b, m, scored = cfg.hvq_batch, cfg.mim_batch, paths[:8]
+    our_hvq_loss, our_mim_loss = our_losses(detector, features(detector, paths))
+    masks = training_masks(cfg, detector.mean.device)[:, 0]
+
+    def long_hvq_loss():
+        return hvq_loss(detector, paths[:b])
+
+    def long_mim_loss():
+        return mim_loss(detector, paths[:m], masks)
+
     return {
-        "train HVQ-Trans": {"long way": (b, step(*long_hvq, fused=False)),
-                            "ours": (b, step(*hvq, fused=True))},
-        "train ViT": {"long way": (m, step(*long_mim, fused=False)),
-                      "ours": (m, step(*mim, fused=True))},
+        "train HVQ-Trans": {"long way": (b, step(hvq, long_hvq_loss, cfg.hvq_clip)),
+                            "ours": (b, step(hvq, our_hvq_loss, cfg.hvq_clip))},
+        "train ViT": {"long way": (m, step(mim, long_mim_loss, cfg.mim_clip)),
+                      "ours": (m, step(mim, our_mim_loss, cfg.mim_clip))},
         f"score, {len(detector.masks)} masks": {
             "long way": (1, lambda: score(detector, paths[0])),
             "long way, photo and tokens once": (
                 1, lambda: score(detector, paths[0], every_mask=False)),
-            "ours": (len(scored), lambda: our_score(detector, scored))},
-        "of these: one photo": {
-            "decoding": (1, lambda: data.load_image(paths[0], cfg.image_size)),
-            "decoding, backbone": (1, lambda: features(detector, paths[:1]))}}
+            "ours": (len(scored), lambda: our_score(detector, scored))}}

@@ -30,23 +30,7 @@ from bench.localise import tested_photos  # noqa: E402
 from data import InputError  # noqa: E402
 
 MARK = "<!-- made by LADMIM's "
-PAGE = """<!doctype html>{mark}report.py --><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>LADMIM report</title>
-<style>
-body{{background:#14161a;color:#d8dce2;font:16px/1.5 system-ui,sans-serif;margin:0 auto;
-max-width:1200px;padding:0 1rem 4rem}}
-h1,h2,h3{{color:#f2f4f7;line-height:1.2;overflow-wrap:anywhere}} h2{{margin-top:3rem}}
-.wide{{overflow-x:auto}} .title{{margin:1.5rem 0 .3rem;font-weight:600}}
-table{{border-collapse:collapse;font-size:.85rem}}
-td,th{{border-bottom:1px solid #333a44;padding:.25rem .7rem;text-align:left;white-space:nowrap}}
-.grid{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:.8rem}}
-figure{{margin:0;background:#1d2026;border-radius:.5rem;padding:.6rem;overflow:hidden}}
-figcaption{{font-size:.85rem;overflow-wrap:anywhere}}
-figure img{{max-width:100%;height:auto;border-radius:.2rem}}
-.row{{display:flex;gap:.3rem;flex-wrap:wrap}} .three img{{width:32%}}
-.wrong{{outline:2px solid #ff6b5e}} summary{{cursor:pointer;padding:.6rem 0;font-weight:600}}
-</style><h1>LADMIM report</h1><p>{protocol}</p>{body}</html>
-"""
+PAGE = Path(__file__).with_suffix(".html")           # the page without its content
 INK, PAPER = "#d8dce2", "#1d2026"
 BLUE, ORANGE, RED = "#6aa5f0", "#f0a850", "#ff6b5e"
 SIDE = 128                                           # pixels of a thumbnail
@@ -234,7 +218,8 @@ def page(records: list[dict]) -> str:
                  f"trained on {first['trained on']}, seed {first['seed']}")
         body.append(f"<h2>{html.escape(title)}</h2>{section}")
     protocol = html.escape(evaluation.PROTOCOL.format(evaluation.STANDARDISED))
-    return PAGE.format(mark=MARK, protocol=protocol, body="".join(body))
+    text = PAGE.read_text(encoding="utf-8")
+    return text.replace("{protocol}", protocol).replace("{body}", "".join(body))
 
 
 def parse(argv):

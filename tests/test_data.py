@@ -292,10 +292,12 @@ def test_own_folder(tmp_path):
     pictures(folder / "test/Good", 2, ".bmp")
     photos = data.find_photos(tmp_path, "widget", 0)
     assert counts(photos)["test", "good"] == 2
+    pictures(folder / "test/.thumbnails", 2)         # hidden: no kind of defect
     pictures(folder / "test/scratched twice", 3, ".tif")
     picture(folder / "ground_truth/scratched twice/001.png")
     photos = data.find_photos(tmp_path, "widget", 0)
     assert counts(photos)["test", "scratched twice"] == 3
+    assert {photo.kind for photo in photos} == {"good", "scratched twice"}
     assert [len(photo.masks) for photo in photos if photo.label] == [0, 1, 0]
     order = [(data.SPLITS.index(p.split), p.label, p.kind, p.path) for p in photos]
     assert order == sorted(order)

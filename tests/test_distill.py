@@ -141,7 +141,6 @@ def test_folder_and_tar_train_the_same_weights_that_load_and_learn(corpus, tmp_p
         args = small(corpus, tmp_path / "measured.pt", *start, "--steps", 0)
         out = command(capsys, *args)[1]
         shares.append([float(line.split()[-1]) for line in out.splitlines() if "explained" in line])
-    print(shares)
     assert len(shares[0]) == 2 and all(after > before for before, after in zip(*shares))
 
 

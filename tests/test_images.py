@@ -200,6 +200,14 @@ def test_a_broken_exif_block_does_not_cost_the_photo(tmp_path):
     assert (data.load_image(tmp_path / "x.png", 24) == COLOUR).all()
 
 
+def test_a_photo_is_turned_though_the_rest_of_its_exif_block_is_broken(tmp_path):
+    upright, stored = turned()
+    entries = b"\x01\x12\0\3\0\0\0\1\0\6\0\0" + b"\x01\x4c\0\2\0\0\0\2ab\0\0"   # text as SubIFD
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + entries + bytes(4)
+    Image.fromarray(np.ascontiguousarray(stored[6])).save(tmp_path / "x.png", exif=exif)
+    assert (np.asarray(data.open_image(tmp_path / "x.png")) == upright).all()
+
+
 def test_adobe_cmyk_jpeg_is_not_inverted(tmp_path):
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "x.jpg", quality=100)
     found = data.load_image(tmp_path / "x.jpg", 8).astype(int)

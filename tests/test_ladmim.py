@@ -326,8 +326,12 @@ def test_the_learning_rate_rises_then_follows_a_cosine():
 def test_training_learns_the_arrangement(tmp_path):
     """The square's place is the rule. Labels shuffled at random score about a half."""
     make_photos(tmp_path / "photos", train=24, good=12, bad=12)
-    trains(*("--hvq-epochs 30 --mim-epochs 60 --hvq-lr 0.002 --mim-lr 0.002 --mim-warmup 2 "
+    trains(*("--hvq-epochs 12 --mim-epochs 24 --hvq-lr 0.002 --mim-lr 0.002 --mim-warmup 2 "
              "--masks 16").split(), "--out", "run", cwd=tmp_path)
+    for stage in ("hvq", "mim"):
+        losses = [line["loss"] for line in checkpoint(tmp_path / "run")["metrics"]
+                  if line["stage"] == stage]
+        assert losses[-1] < 0.7 * losses[0]
     rows = [row for row in score_rows(tmp_path / "run") if row["split"] == "test"]
     label = np.array([int(row["label"]) for row in rows])
     total = np.array([float(row["score"]) for row in rows])

@@ -62,8 +62,7 @@ def hardware(scene, kind, centre, angle, fault):
         pieces = [minus(outline, bore)]
     if fault == "broken_part":
         cut = rng.uniform(0.0, 0.1) - end if end else rng.uniform(-0.02, 0.02)
-        jags = [(cut + rng.uniform(-0.015, 0.015), y) for y in (-0.06, -0.02, 0.02, 0.06)]
-        gone = polygon(scene, put(jags + [(-0.3, 0.06), (-0.3, -0.06)]))
+        gone = box(scene, put([(cut - 0.2, 0)])[0], 0.4, 0.12, angle, 0.01, SQUEEZE)
         scene.regions.append(common(union(*pieces), gone))
         pieces = [minus(piece, gone) for piece in pieces]
     if fault == "wrong_thread_colour":
@@ -74,7 +73,7 @@ def hardware(scene, kind, centre, angle, fault):
     shape = union(*pieces)
     if fault == "rusty_part":
         rust = common(shape, ellipse(scene, centre, 0.09, 0.09, wobble=0.4))
-        scene.regions.append(rust)
+        scene.regions = [rust]
         stamp(scene, rust, (0.42, 0.20, 0.08), grain=0.35, scale=7, alpha=rng.uniform(0.7, 0.95))
     return shape
 
@@ -108,14 +107,14 @@ def paint(scene, fault=None):
     for i, kind in enumerate(kinds):
         here = fault if i == hit else None
         shapes.append(hardware(scene, kind, *room_for(rng, kind, taken), here))
+    inside = polygon(scene, [(0.09, 0.11), (0.76, 0.13), (0.76, 0.87), (0.09, 0.85)])
     if added:
         scene.regions = [union(*(s for s, kind in zip(shapes, kinds) if kind == added))]
-    inside = polygon(scene, [(0.09, 0.11), (0.76, 0.13), (0.76, 0.87), (0.09, 0.85)])
-    if out and not added:
+    elif out:
         scene.regions = [inside]
     elif fault == "stained_bag":
-        patch(scene, inside, 0.032, 0.06, DIRT[rng.integers(3)], (0.55, 0.9))
+        patch(scene, inside, 0.024, 0.048, DIRT[rng.integers(3)], (0.55, 0.9))
     elif fault == "torn_bag":        # the film curls up, white, about a hole
-        patch(scene, minus(inside, *shapes), 0.032, 0.06, (0.62, 0.61, 0.60))
-        hole = soft(scene.regions[0], 8).point(lambda value: 255 * (value > 225))
+        patch(scene, minus(inside, *shapes), 0.022, 0.04, (0.62, 0.61, 0.60))
+        hole = soft(scene.regions[0], 4).point(lambda value: 255 * (value > 225))
         stamp(scene, hole, (0.025, 0.025, 0.027))

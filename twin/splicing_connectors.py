@@ -74,12 +74,10 @@ def cable_path(rng, places, clamps, rows):
 
 def cable(scene, path, colour, fault):
     """A cable along a path, cut or frayed somewhere in its middle after a fault."""
-    rng, i = scene.rng, scene.rng.integers(10, 26)           # a fault sits at path[i]
-    pieces = [path]
+    rng, i, pieces = scene.rng, scene.rng.integers(10, 26), [path]       # a fault sits at path[i]
     if fault == "cut_cable":
         pieces = [path[:i], path[i + rng.integers(2, 5):] + (0, rng.normal(0, 0.015))]
-    for piece in pieces:
-        stamp(scene, stroke(scene, 0.025, piece), colour, bulge=0.45, gloss=0.15, shadow=0.5)
+    stamp(scene, stroke(scene, 0.025, *pieces), colour, bulge=0.45, gloss=0.15, shadow=0.5)
     if fault == "frayed_cable":      # bare strands stick out
         bare = path[i:i + rng.integers(4, 7)]
         bow = np.sin(np.linspace(0, np.pi, len(bare)))[:, None]
