@@ -179,28 +179,32 @@ def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device) ->
 
 class Features:
     """What the models see of n photos. seen (n, N, d0), or (n, N, d0 + 48) with patches, as `look`
-    gives it; mean and std (d0,) of the training photos standardise each channel."""
+    gives it; mean and std (d0,) of the training photos standardise each channel; rows (n,): where
+    each photo lies in seen."""
 
-    def __init__(self, seen: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, device):
+    def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None):
         self.seen, self.device = seen, device
+        self.rows = torch.arange(len(seen)) if rows is None else rows
+        self.rows = self.rows.to(seen.device)
         self.mean, self.std = mean.to(device), std.to(device)
 
     def h0(self, index: torch.Tensor) -> torch.Tensor:
         """(B, N, d0) of the photos numbered by index."""
-        seen = self.seen[index.to(self.seen.device), :, :CHANNELS].to(self.device)
-        return (seen.float() - self.mean) / self.std
+        rows = self.rows[index.to(self.seen.device)]
+        return (self.seen[rows, :, :CHANNELS].to(self.device).float() - self.mean) / self.std
 
     def pixels(self, index: torch.Tensor) -> torch.Tensor | None:
         """(B, N, 48), or None where there are no patches."""
         if self.seen.shape[-1] == CHANNELS:
             return None
-        return self.seen[index.to(self.seen.device), :, CHANNELS:].to(self.device).float()
+        rows = self.rows[index.to(self.seen.device)]
+        return self.seen[rows, :, CHANNELS:].to(self.device).float()
 
 
-def channel_statistics(seen: torch.Tensor, n: int, batch: int = 64):
-    """Mean and std (d0,) of each channel over the first n photos' tokens, summed in float64."""
+def channel_statistics(seen: torch.Tensor, rows: torch.Tensor, batch: int = 64):
+    """Mean and std (d0,) of each channel over the tokens of these rows, summed in float64."""
     total = square = count = 0
-    for index in torch.arange(n, device=seen.device).split(batch):
+    for index in rows.to(seen.device).split(batch):
         part = seen[index, :, :CHANNELS].double().flatten(0, 1)      # (B*N, d0)
         total, square = total + part.sum(0), square + part.square().sum(0)
         count += len(part)
@@ -300,30 +304,29 @@ def compute_features(paths, size: int, compute, shape: tuple[int, int], progress
 
 def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixels: bool, device,
                   cache: Path):
-    """-> what `look` gives of the photos that can be read (n, N, d0 or d0 + 48), these photos, and
-    how many could not: each costs a warning. Raises InputError where a category has none left."""
+    """-> what `look` gives of the photos (n, N, d0 or d0 + 48), the photos that can be read, and
+    their rows in it. Each of the others costs a warning. Raises InputError where a category has no
+    training or no validation photo left."""
     key = hashlib.blake2b(digest_size=16)
     for weight in pdn.state_dict().values():
         key.update(weight.cpu().contiguous().numpy().tobytes())
     pdn = pdn.to(device, memory_format=torch.channels_last)
-    shape = grid ** 2, CHANNELS + PATCH * pixels
+    # Sorted: seeds hold out other photos for validation, and shall share one file.
+    paths, shape = sorted(photo.path for photo in photos), (grid ** 2, CHANNELS + PATCH * pixels)
     seen, reasons = cached_features(
-        [photo.path for photo in photos], image_size, key.hexdigest(),
+        paths, image_size, key.hexdigest(),
         lambda images: look(pdn, images, grid, pixels, device).cpu().numpy(), shape, cache,
-        Progress("features", len(photos), "photos"))
-    seen = torch.from_numpy(seen)
-    if not reasons:
-        return seen, photos, 0
+        Progress("features", len(paths), "photos"))
     for reason in reasons.values():
         print(f"warning: {reason}", file=sys.stderr)
-    good = [i for i, photo in enumerate(photos) if photo.path not in reasons]
-    left = [photos[i] for i in good]
+    left = [photo for photo in photos if photo.path not in reasons]
     for name in sorted({photo.category for photo in photos}):
         splits = {photo.split for photo in left if photo.category == name}
         if {"train", "validation"} - splits:
             raise InputError(f"{name}: no training or no validation photo is left that can be "
                              "read; see the warnings above")
-    return seen[good], left, len(reasons)
+    row = {path: number for number, path in enumerate(paths)}
+    return torch.from_numpy(seen), left, torch.tensor([row[photo.path] for photo in left])
 
 
 def load_data_set(job: Job):
@@ -345,10 +348,10 @@ def load_data_set(job: Job):
         print(f"warning: {data.printable(warning)}", file=sys.stderr)
     print(f"backbone: {description}; device: {device}", flush=True)
     with first_process_first():
-        seen, photos, bad = find_features(photos, pdn, cfg.image_size, cfg.grid,
-                                          cfg.target == "pixel", device, job.cache)
-    n = sum(photo.split == "train" for photo in photos)
+        seen, left, rows = find_features(photos, pdn, cfg.image_size, cfg.grid,
+                                         cfg.target == "pixel", device, job.cache)
+    n = sum(photo.split == "train" for photo in left)
     if seen.nbytes < 2 ** 33:                        # more stays here, and travels batch by batch
         seen = seen.to(device)
-    features = Features(seen, *channel_statistics(seen, n), device)
-    return photos, n, features, pdn, bad
+    features = Features(seen, *channel_statistics(seen, rows[:n]), device, rows)
+    return left, n, features, pdn, len(photos) - len(left)

@@ -80,9 +80,9 @@ def compare(scored: evaluation.ScoredRun, ours: dict, cache: Path) -> list[dict]
     if not (root / category).is_dir():
         raise data.InputError(f"{scored.folder}: its photos are no longer at {root / category}")
     photos = data.find_photos(root, category, seed)
-    seen, photos, _ = backbone.find_features(photos, detector.pdn, cfg.image_size, cfg.grid,
-                                             False, device, cache)
-    features = backbone.Features(seen, detector.mean, detector.std, device)
+    seen, photos, rows = backbone.find_features(photos, detector.pdn, cfg.image_size, cfg.grid,
+                                                False, device, cache)
+    features = backbone.Features(seen, detector.mean, detector.std, device, rows)
     train, test = (torch.tensor([i for i, photo in enumerate(photos) if photo.split == split])
                    for split in ("train", "test"))
     paths = [photos[i].path for i in test]

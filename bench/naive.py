@@ -15,7 +15,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -23,14 +22,13 @@ import backbone  # noqa: E402
 import data  # noqa: E402
 import ladmim  # noqa: E402
 from runs import seeded  # noqa: E402
-from twin.render import draw  # noqa: E402
+from twin.render import render  # noqa: E402
 
 
 # The long way
 
 def features(detector, paths):
-    """h0 (B, N, d0) as a training loop without a cache gets it, every step anew: each photo decoded
-    and resized, the backbone run. In float16's precision, as our cache keeps it."""
+    """h0 (B, N, d0) without a cache: photos are decoded and resized, the backbone runs."""
     images = [data.load_image(path, detector.cfg.image_size) for path in paths]
     return detector.look(np.stack(images))[0]
 
@@ -103,20 +101,14 @@ def score(detector, path, every_mask=True):
 
 # Ours
 
-def training_masks(cfg, device):
-    """A mask (1, N) for each photo of the ViT's batch, (B, 1, N)."""
-    return ladmim.draw_masks(cfg, cfg.mim_batch, seeded(0), scoring=False)[:, None].to(device)
-
-
-def our_losses(detector, h0):
-    """-> the losses of HVQ-Trans and of the ViT, as functions. What a training keeps is kept: the
-    features h0 and the codes."""
-    hvq, mim, photos = detector.hvq, detector.mim, h0[:detector.cfg.mim_batch]
-    masks = training_masks(detector.cfg, h0.device)
+def our_losses(detector, h0, masks):
+    """-> the losses of HVQ-Trans and of the ViT, as functions. Training keeps features h0
+    (B, N, d0) and codes; masks (B, N), one a photo of the ViT's batch."""
+    hvq, mim, seen, masks = detector.hvq, detector.mim, h0[:len(masks)], masks[:, None]
     with torch.no_grad():
-        codes = hvq(photos)[1].to(torch.int16)
+        codes = hvq(seen)[1].to(torch.int16)
     return (lambda: hvq.loss(h0[:detector.cfg.hvq_batch]),
-            lambda: ladmim.mim_error(mim, mim(photos, masks), photos, masks, codes).mean())
+            lambda: ladmim.mim_error(mim, mim(seen, masks), seen, masks, codes).mean())
 
 
 def our_score(detector, paths):
@@ -129,8 +121,7 @@ def our_score(detector, paths):
 # Both
 
 def make_detector(cfg, device):
-    """An untrained detector with the shipped backbone and moments like a training set's: time and
-    agreement need no more."""
+    """An untrained detector with the shipped backbone: time and agreement need no more."""
     torch.manual_seed(0)
     pdn = backbone.load_pdn(cfg.pdn, 0)[0].to(device, memory_format=torch.channels_last)
     hvq, mim = ladmim.HVQ(cfg, backbone.CHANNELS), ladmim.ViT(cfg, backbone.CHANNELS)
@@ -140,40 +131,30 @@ def make_detector(cfg, device):
 
 
 def draw_photos(folder: Path, n: int, size: int) -> list[Path]:
-    """n rendered photos of size x size pixels as PNG files."""
-    paths = [folder / f"{i}.png" for i in range(n)]
-    for i, path in enumerate(paths):
-        Image.fromarray(draw("breakfast_box", "train", i, size, 1)[0]).save(path, compress_level=1)
-    return paths
+    """n rendered photos of size x size pixels."""
+    render(folder, "breakfast_box", {"train": n}, size)
+    return sorted(folder.glob("breakfast_box/train/good/*.png"))
 
 
-def step(model, loss, clip):
+def step(model, loss):
     """One optimiser step as a function without arguments."""
     optimizer, batch = ladmim.adamw(model, 1e-5, 0.01), [0]      # this process has all of the batch
-    return lambda: ladmim.descend(optimizer, loss(), batch, batch, clip)
+    return lambda: ladmim.descend(optimizer, loss(), batch, batch, clip=1.0)
 
 
 def pairs(detector, paths):
     """-> the step's name: {the way's name: (photos, function)}, the way "ours" among them. paths:
-    photos enough for a batch of each stage, and 8 to score."""
+    photos enough for a batch of each stage; 8 are scored at once."""
     cfg, hvq, mim = detector.cfg, detector.hvq, detector.mim
     b, m, scored = cfg.hvq_batch, cfg.mim_batch, paths[:8]
-    our_hvq_loss, our_mim_loss = our_losses(detector, features(detector, paths))
-    masks = training_masks(cfg, detector.mean.device)[:, 0]
-
-    def long_hvq_loss():
-        return hvq_loss(detector, paths[:b])
-
-    def long_mim_loss():
-        return mim_loss(detector, paths[:m], masks)
-
+    masks = ladmim.draw_masks(cfg, m, seeded(0), scoring=False).to(detector.mean.device)
+    our_hvq_loss, our_mim_loss = our_losses(detector, features(detector, paths), masks)
     return {
-        "train HVQ-Trans": {"long way": (b, step(hvq, long_hvq_loss, cfg.hvq_clip)),
-                            "ours": (b, step(hvq, our_hvq_loss, cfg.hvq_clip))},
-        "train ViT": {"long way": (m, step(mim, long_mim_loss, cfg.mim_clip)),
-                      "ours": (m, step(mim, our_mim_loss, cfg.mim_clip))},
+        "train HVQ-Trans": {"long way": (b, step(hvq, lambda: hvq_loss(detector, paths[:b]))),
+                            "ours": (b, step(hvq, our_hvq_loss))},
+        "train ViT": {"long way": (m, step(mim, lambda: mim_loss(detector, paths[:m], masks))),
+                      "ours": (m, step(mim, our_mim_loss))},
         f"score, {len(detector.masks)} masks": {
             "long way": (1, lambda: score(detector, paths[0])),
-            "long way, photo and tokens once": (
-                1, lambda: score(detector, paths[0], every_mask=False)),
+            "long way, tokens once": (1, lambda: score(detector, paths[0], every_mask=False)),
             "ours": (len(scored), lambda: our_score(detector, scored))}}

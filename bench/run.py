@@ -4,7 +4,6 @@ With a GPU the Triton kernels are measured, without one the torch paths. --naive
 training and scoring the long way (bench/naive.py) against ours. Prints Markdown tables and writes
 them, and the numbers as JSON, to bench/results/.
 """
-
 from __future__ import annotations
 
 import argparse
@@ -18,6 +17,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,7 +37,6 @@ from kernels.dispatch import triton  # noqa: E402
 from kernels.histogram_l1 import histogram_l1_reference  # noqa: E402
 
 LEVELS, CODES, TOKENS = 4, 512, 576  # the paper's
-PAPER = (36_864, 512, 64)            # T = 64 images of 576 tokens, K codes, D dimensions
 
 
 # Measuring
@@ -68,14 +67,11 @@ def once(function, device: str, flush=None) -> float:
 def peak_memory(function, device: str) -> int:
     """Bytes that one call has allocated at most, beyond what was there before it."""
     if device == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
-        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile:
         function()
     now = top = 0
     for event in profile.profiler.kineto_results.events():
@@ -122,22 +118,15 @@ def roofline(device: str, seconds: float) -> dict:
     return {"flops": 2 * n**3 / best["product"]["low"], "bytes": 8 * size / best["copy"]["low"]}
 
 
-def variants(row: dict, result: dict) -> list:
-    """The row for each variant, with its speed as a multiple of the fastest plain version's."""
-    plain = [r["median"] for name, r in result.items() if not name.startswith("kernels")]
-    best = min(plain, default=float("nan"))
-    return [{**row, "variant": name, **r, "ratio": best / r["median"]}
-            for name, r in result.items()]
-
-
-def with_roofline(rows: list, flops: float, moved: float, ceiling: dict) -> list:
-    """moved: bytes. How near the roofline each row comes."""
+def kernel_rows(row: dict, result: dict, flops: float, moved: int, ceiling: dict) -> list:
+    """The row for each variant: its speed as a multiple of the fastest plain version's, and how
+    near it comes to the roofline. moved: bytes."""
+    print(f"  {row['kernel']} {row['shape']}, {row['mode']}", file=sys.stderr)
     floor = max(flops / ceiling["flops"], moved / ceiling["bytes"])
-    for row in rows:
-        seconds = row["median"]
-        row |= {"GFLOP/s": flops / seconds / 1e9, "GB/s": moved / seconds / 1e9,
-                "roofline": floor / seconds}
-    return rows
+    plain = [r["median"] for name, r in result.items() if name != "kernels"]
+    best = min(plain, default=float("nan"))
+    return [{**row, "variant": name, **r, "ratio": best / r["median"],
+             "roofline": floor / r["median"]} for name, r in result.items()]
 
 
 # The two kernels
@@ -161,9 +150,7 @@ def nearest_rows(device: str, shape: tuple, seconds: float, ceiling: dict) -> li
     for name in result:
         result[name]["wrong"] = int((functions[name]()[:n] != exact).sum())
     row = {"kernel": "nearest_code", "shape": f"T={T:,} K={K:,} D={D}", "mode": "forward"}
-    print(f"  {row['shape']}", file=sys.stderr)
-    moved = 4 * (T * D + K * D) + 12 * T
-    return with_roofline(variants(row, result), 2.0 * T * K * D, moved, ceiling)
+    return kernel_rows(row, result, 2 * T * K * D, 4 * (T * D + K * D) + 12 * T, ceiling)
 
 
 def one_hot_histogram(logits, codes, mask):
@@ -180,13 +167,9 @@ def histogram_calls(variant, logits, codes, mask) -> dict:
         with torch.no_grad():
             return variant(logits, codes, mask)
 
-    def backward():
-        return torch.autograd.grad(kept, logits, retain_graph=True)
-
-    def both():
-        return torch.autograd.grad(variant(logits, codes, mask).sum(), logits)
-
-    return {"forward": forward, "backward": backward, "both": both}
+    return {"forward": forward,
+            "backward": lambda: torch.autograd.grad(kept, logits, retain_graph=True),
+            "both": lambda: torch.autograd.grad(variant(logits, codes, mask).sum(), logits)}
 
 
 def histogram_rows(device: str, batch: tuple, seconds: float, ceiling: dict) -> list:
@@ -194,163 +177,133 @@ def histogram_rows(device: str, batch: tuple, seconds: float, ceiling: dict) -> 
     logits = torch.randn(B, M, LEVELS, CODES, device=device, requires_grad=True)
     codes = torch.randint(0, CODES, (B, LEVELS, TOKENS), dtype=torch.int16, device=device)
     mask = torch.rand(M, TOKENS, device=device) < 0.4
-    calls = {"kernels": histogram_calls(histogram_l1, logits, codes, mask),
-             "scatter": histogram_calls(histogram_l1_reference, logits, codes, mask),
-             "one-hot": histogram_calls(one_hot_histogram, logits, codes, mask)}
+    variants = {"kernels": histogram_l1, "scatter": histogram_l1_reference,
+                "one-hot": one_hot_histogram}
+    calls = {name: histogram_calls(f, logits, codes, mask) for name, f in variants.items()}
     for mode, passes in (("forward", 1), ("backward", 2), ("both", 4)):
-        functions = {name: modes[mode] for name, modes in calls.items()}
+        result = measure({name: modes[mode] for name, modes in calls.items()}, device, seconds)
         moved = passes * logits.numel() * 4 + codes.numel() * 2 + mask.numel()
         row = {"kernel": "histogram_l1", "shape": f"B={B} M={M}", "mode": mode}
-        result = measure(functions, device, seconds)
-        rows += with_roofline(variants(row, result), 0.0, moved, ceiling)
-    print(f"  histogram {row['shape']}", file=sys.stderr)
+        rows += kernel_rows(row, result, 0, moved, ceiling)
     return rows
 
 
 # Whole steps
 
-KERNELS = {"histogram_l1": histogram_l1, "nearest_code": nearest_code}
-PLAIN = {"histogram_l1": histogram_l1_reference,
+PLAIN = {"histogram_l1": histogram_l1_reference,     # stand in the kernels' places
          "nearest_code": lambda x, codebook: (plain_nearest(x, codebook), None)}
 
 
-def with_functions(functions: dict, step):
-    """`step` with these in the kernels' places."""
-    def run():
-        for name, function in functions.items():
-            setattr(ladmim, name, function)
-        step()
-    return run
-
-
-def step_rows(device: str, preset: str, seconds: float, masks: int) -> list:
-    """A training step of each stage and scoring, with the kernels and with plain torch."""
-    cfg = ladmim.Config(**ladmim.PRESETS[preset] | {"masks": masks})
-    detector = naive.make_detector(cfg, torch.device(device))
-    hvq, mim = detector.hvq, detector.mim
-    h0 = torch.randn(max(cfg.hvq_batch, cfg.mim_batch), cfg.grid**2, CHANNELS, device=device)
+def step_rows(steps: dict, detector, device: str, seconds: float) -> list:
+    """steps: step -> {way: (images, function)}, one of the ways "ours". -> a row a way, with the
+    time of an image, also as a multiple of ours."""
     rows = []
-
-    def add(name: str, images: int, step):
-        steps = {"kernels": with_functions(KERNELS, step),
-                 "plain torch": with_functions(PLAIN, step)}
-        for row in variants({"step": f"{name}, {preset}"}, measure(steps, device, seconds)):
-            rows.append(row | {"images/s": images / row["median"]})
-        steps["kernels"]()  # leaves the kernels in their places
-
-    for_hvq, for_mim = naive.our_losses(detector, h0)
-    add("train HVQ-Trans", cfg.hvq_batch, naive.step(*for_hvq, fused=True))
-    add("train ViT", cfg.mim_batch, naive.step(*for_mim, fused=True))
-    hvq.eval(), mim.eval()
-    scored = h0[:min(8, cfg.hvq_batch)]
-    add("score", len(scored), lambda: ladmim.errors(hvq, mim, cfg, scored, detector.masks))
+    for step, ways in steps.items():
+        detector.hvq.train("HVQ" in step), detector.mim.train("ViT" in step)
+        result = measure({way: function for way, (_, function) in ways.items()}, device, seconds)
+        each = {way: r["median"] / ways[way][0] for way, r in result.items()}
+        for way, r in result.items():
+            rows.append({"step": step, "variant": way, "an image": each[way],
+                         "images": ways[way][0], "ratio": each[way] / each["ours"], **r})
+        print(f"  {step}", file=sys.stderr)
     return rows
 
 
-def naive_rows(device: str, preset: str, size: int, seconds: float) -> list:
-    """Each step the long way and ours, in turns, with the same weights and photos."""
-    cfg, rows = ladmim.Config(**ladmim.PRESETS[preset] | {"masks": 64}), []
-    detector = naive.make_detector(cfg, torch.device(device))
-    with tempfile.TemporaryDirectory() as folder:
-        paths = naive.draw_photos(Path(folder), max(cfg.hvq_batch, cfg.mim_batch, 8), size)
-        for name, ways in naive.pairs(detector, paths).items():
-            detector.hvq.train("HVQ" in name), detector.mim.train("ViT" in name)
-            result = measure({way: ways[way][1] for way in ways}, device, seconds)
-            each = {way: result[way]["median"] / ways[way][0] for way in result}
-            for way, r in result.items():
-                ratio = each[way] / each["ours"] if "ours" in each else None
-                rows.append({"step": f"{name}, {preset}", "variant": way, "photo": size,
-                             "an image": each[way], "images": ways[way][0], "ratio": ratio, **r})
-            print(f"  {name}, {preset}", file=sys.stderr)
-    return rows
+def kernel_steps(detector, device: str) -> dict:
+    """A training step of each stage and scoring, with plain torch and with our kernels."""
+    cfg, hvq, mim = detector.cfg, detector.hvq, detector.mim
+    h0 = torch.randn(max(cfg.hvq_batch, cfg.mim_batch, 8), cfg.grid**2, CHANNELS, device=device)
+    masks = ladmim.draw_masks(cfg, cfg.mim_batch, runs.seeded(0), scoring=False).to(device)
+    for_hvq, for_mim = naive.our_losses(detector, h0, masks)
+    steps = {"train HVQ-Trans": (cfg.hvq_batch, naive.step(hvq, for_hvq)),
+             "train ViT": (cfg.mim_batch, naive.step(mim, for_mim)),
+             "score": (8, lambda: ladmim.errors(hvq, mim, cfg, h0[:8], detector.masks))}
+    in_place = patch.multiple(ladmim, **PLAIN)
+    return {name: {"plain torch": (images, in_place(step)), "ours": (images, step)}
+            for name, (images, step) in steps.items()}
 
 
 # Tables
 
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
-
-
-FORMATS = {"images/s": "{:.1f}".format, "ratio": "{:.2f}".format, "roofline": "{:.0%}".format,
-           "GB/s": "{:.1f}".format, "GFLOP/s": "{:.0f}".format, "MiB": "{:.1f}".format}
-FORMATS |= dict.fromkeys(("median", "low", "high", "an image"), duration)
+FORMATS = {"ratio": "{:.2f}".format, "roofline": "{:.0%}".format, "MiB": "{:.1f}".format,
+           **dict.fromkeys(("median", "low", "high", "an image"),
+                           lambda seconds: f"{seconds * 1e3:.3g} ms")}
 
 
 def table(rows: list[dict], *columns) -> str:
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
-        cells = [(FORMATS.get(column, str), row.get(column)) for column in columns]
-        lines.append(["" if value is None else form(value) for form, value in cells])
+        lines.append([FORMATS.get(name, str)(row[name]) if name in row else "" for name in columns])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def report(results: dict) -> str:
     """Everything in Markdown."""
     spread = ("median", "low", "high", "runs", "MiB")
-    head = (f"Measured on {results['device']}, {results['versions']}, commit "
-            f"{results['commit'] or 'unknown'}. Low and high: a tenth of the runs lies beyond. ")
-    if "naive" in results:
-        head += "The long way (bench/naive.py) and ours: same weights, in turns. Ratio: to ours."
-        return head + "\n\n" + table(results["naive"], "step", "variant", "photo", "an image",
-                                     "images", "ratio", *spread) + "\n"
-    flops, moved = results["ceiling"]["flops"], results["ceiling"]["bytes"]
-    head += (f"Ceilings in this run: {flops / 1e9:.0f} GFLOP/s, {moved / 1e9:.1f} GB/s. "
-             "Ratio: speed, as a multiple of the fastest plain version's.")
-    parts = [head, table(results["kernels"], "kernel", "shape", "mode", "variant", "ratio", *spread,
-                         "GB/s", "GFLOP/s", "roofline", "wrong"),
-             table(results["steps"], "step", "variant", "images/s", "ratio", *spread)]
+    parts = [f"Measured on {results['device']}, {results['versions']}, commit "
+             f"{results['commit'] or 'unknown'}. Low and high: a tenth of the runs lies beyond."]
+    if "kernels" in results:
+        parts += ["Ratio: speed, as a multiple of the fastest plain version's.",
+                  table(results["kernels"], "kernel", "shape", "mode", "variant", "ratio", *spread,
+                        "roofline", "wrong")]
+    parts += [f"Preset {results['preset']}. Ratio: time of an image, as a multiple of ours.",
+              table(results["steps"], "step", "variant", "an image", "images", "ratio", *spread)]
     return "\n\n".join(parts) + "\n"
 
 
 # Command line
 
 def parse(argv) -> argparse.Namespace:
-    parser = data.Parser(prog="bench/run.py",
-                         description="Benchmarks the kernels on this machine.")
+    parser = data.Parser(prog="bench/run.py", description="Measures the kernels on this machine.")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row (default 2)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does it all run?")
-    parser.add_argument("--naive", action="store_true",
-                        help="only this: training and scoring the long way, and ours")
-    parser.add_argument("--preset", choices=("tiny", "fast", "paper"), default="tiny",
-                        help="of --naive (default tiny)")
-    parser.add_argument("--photo", type=int, default=256,
-                        help="of --naive: pixels a side of the photos (default 256, the rendered "
-                             "twin's; MVTec LOCO's have 1000 or more)")
+    parser.add_argument("--naive", action="store_true", help="only this: the long way, and ours")
+    parser.add_argument("--preset", choices=ladmim.PRESETS,
+                        help="of the steps (default: paper with a GPU, tiny without)")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
     return parser.parse_args(argv)
 
 
 def measure_kernels(device: str, seconds: float, quick: bool) -> dict:
-    shapes = [PAPER, (36_864, 512, 16), (36_864, 512, 256), (36_864, 4096, 64),
+    # T tokens, here of 64 images, K codes, D dimensions; B images, M masks. The paper's come first.
+    shapes = [(36_864, 512, 64), (36_864, 512, 16), (36_864, 512, 256), (36_864, 4096, 64),
               (1_000_000, 512, 64)]
-    batches, preset, masks = [(32, 1), (8, 64)], "tiny", 32
+    batches = [(32, 1), (8, 64)]
     if device == "cuda":
         shapes.append((1_000_000, 8192, 64))
-        batches, preset, masks = [(32, 1), (16, 16), (16, 64), (256, 64)], "paper", 64
+        batches = [(32, 1), (16, 16), (16, 64), (256, 64)]
     if quick:
-        shapes, batches, seconds, masks = [(500, 64, 16)], [(2, 3)], 0.1, 2
+        shapes, batches = [(500, 64, 16)], [(2, 3)]
     ceiling, rows = roofline(device, seconds), []
     for shape in shapes:
         rows += nearest_rows(device, shape, seconds, ceiling)
     for batch in batches:
         rows += histogram_rows(device, batch, seconds, ceiling)
-    return {"ceiling": ceiling, "kernels": rows,
-            "steps": step_rows(device, preset, seconds, masks)}
+    return {"ceiling": ceiling, "kernels": rows}
 
 
 def benchmark(args) -> int:
     warnings.filterwarnings("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    preset = args.preset or ("paper" if device == "cuda" else "tiny")
+    seconds, masks = (0.1, 2) if args.quick else (args.seconds, 64)
     versions = (f"torch {torch.__version__}, triton {triton.__version__ if triton else 'none'}, "
                 f"Python {platform.python_version()}")
-    results = {"device": device_name(device), "versions": versions, "commit": runs.git_commit()}
-    name = re.sub(r"\W+", "-", results["device"]).strip("-").lower()
-    if args.naive:
-        results["naive"] = naive_rows(device, args.preset, args.photo, args.seconds)
-        name += f"-naive-{args.preset}"
-    else:
-        results |= measure_kernels(device, args.seconds, args.quick)
-    text = report(results)
+    results = {"device": device_name(device), "versions": versions, "commit": runs.git_commit(),
+               "preset": preset}
+    if not args.naive:
+        results |= measure_kernels(device, seconds, args.quick)
+    cfg = ladmim.Config(**ladmim.PRESETS[preset] | {"masks": masks})
+    detector = naive.make_detector(cfg, torch.device(device))
+    with tempfile.TemporaryDirectory() as folder:
+        if args.naive:
+            paths = naive.draw_photos(Path(folder), max(cfg.hvq_batch, cfg.mim_batch, 8), 256)
+            steps = naive.pairs(detector, paths)
+        else:
+            steps = kernel_steps(detector, device)
+        results["steps"] = step_rows(steps, detector, device, seconds)
+    text, name = report(results), re.sub(r"\W+", "-", results["device"]).strip("-").lower()
+    name += f"-naive-{preset}" if args.naive else ""
     print(text)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -137,7 +137,7 @@ def test_features_hold_patches_behind_the_channels_and_standardise_the_channels_
 
 def test_channel_statistics_are_those_of_the_first_photos():
     seen = torch.randn(9, 4, CHANNELS + 48).half()
-    mean, std = backbone.channel_statistics(seen, 7, batch=3)
+    mean, std = backbone.channel_statistics(seen, torch.arange(7), batch=3)
     tokens = seen[:7, :, :CHANNELS].double().flatten(0, 1)
     torch.testing.assert_close(mean.double(), tokens.mean(0), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(std.double(), tokens.std(0, correction=0), atol=1e-6, rtol=1e-5)

@@ -156,10 +156,10 @@ def test_the_features_are_mapped_and_torch_takes_them_as_they_are(tmp_path, recw
 def test_what_is_changed_in_the_features_stays_out_of_the_file(tmp_path):
     paths, cache = pictures(tmp_path / "a", 3), tmp_path / "cache"
     features(paths, cache, Backbone())
-    found = features(paths, cache, Backbone())
+    found, backbone = features(paths, cache, Backbone()), Backbone()
     before = np.array(found)
     found += 1
-    assert (features(paths, cache, Backbone()) == before).all()
+    assert (features(paths, cache, backbone) == before).all() and backbone.images == 0
 
 
 # Several processes, and killed ones
@@ -211,11 +211,13 @@ def test_a_killed_process_leaves_nothing_that_is_served_and_nothing_for_ever(tmp
     [left] = entries(cache)
     assert left.suffix == ".part"
     assert (features(paths, cache, backbone) == direct(paths, Backbone())).all()
-    assert backbone.images == 20 and left.exists()   # it might be at work
-    long_ago = time.time() - 2 * 24 * 60 * 60
-    os.utime(left, (long_ago, long_ago))
-    features(paths[:3], cache, backbone)
-    assert not left.exists() and len(entries(cache)) == 2
+    assert backbone.images == 20
+    for days, stays in ((0.9, True), (1.1, False)):  # after less than a day it may be at work
+        then = time.time() - days * 24 * 60 * 60
+        os.utime(left, (then, then))
+        features(paths[:round(10 * days)], cache, backbone)
+        assert left.exists() == stays
+    assert len(entries(cache)) == 3
 
 
 def test_two_processes_at_once(tmp_path, forks):
@@ -262,6 +264,14 @@ def test_bad_photos_are_all_named_and_the_others_kept(tmp_path):
     picture(paths[1])                                # mended
     found, reasons = cached_features(paths, 8, "k", backbone, SHAPE, cache)
     assert list(reasons) == [paths[6], paths[19]] and np.isfinite(found[1]).all()
+
+
+def test_it_matters_which_photo_cannot_be_read(tmp_path):
+    paths, cache, gone = pictures(tmp_path / "a", 2), tmp_path / "cache", tmp_path / "gone.png"
+    for order in ([gone, *paths], [*paths, gone], [gone, *paths]):
+        found, reasons = cached_features(order, 8, "k", Backbone(), SHAPE, cache)
+        assert list(reasons) == [gone]
+        assert np.isnan(found).all((1, 2)).tolist() == [path == gone for path in order]
 
 
 def test_photos_that_are_all_bad(tmp_path):

@@ -43,7 +43,8 @@ def refused(call, *words):
 # Errors, files, commands
 
 @pytest.mark.parametrize("text, shown", [
-    ("plain ünï", "plain ünï"), ("line\nbreak", "line\\nbreak"), ("\x1b[31mred", "\\x1b[31mred"),
+    ("plain ünï", "plain ünï"), ("line\nbreak", "line\\nbreak"),
+    ("\x1b[31mred", "\\x1b[31mred"),
     (os.fsdecode(b"bytes\xff"), "bytes\\udcff")])
 def test_an_error_is_one_line_whatever_a_name_holds(text, shown):
     assert data.printable(text) == shown == str(InputError(text))

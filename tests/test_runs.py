@@ -52,10 +52,11 @@ def test_every_preset_works(preset):
     ({"mask": "stripes"}, "--mask"), ({"mask": "checkerboard", "grid": 16}, "--grid"),
     ({"target": "code", "mim_score": "whitened"}, "--mim-score"), ({"grid": 7}, "--grid"),
     ({"image_size": 30}, "--grid"), ({"codes": 2 ** 15 + 1}, "--codes"),
-    ({"levels": 0}, "--levels"), ({"ema_decay": 1.0}, "--ema-decay"), ({"mim_dropout": 1.0}, "--mim-dropout"),
-    ({"mim_heads": 3}, "--mim-heads"), ({"train_ratio": 0.0}, "--train-ratio"),
-    ({"score_ratio": 1e-4}, "--score-ratio"), ({"score_block": 1.1}, "--score-block"),
-    ({"mim_lr": float("inf")}, "--mim-lr"), ({"mim_clip": -1.0}, "--mim-clip")])
+    ({"levels": 0}, "--levels"), ({"ema_decay": 1.0}, "--ema-decay"),
+    ({"mim_dropout": 1.0}, "--mim-dropout"), ({"mim_heads": 3}, "--mim-heads"),
+    ({"train_ratio": 0.0}, "--train-ratio"), ({"score_ratio": 1e-4}, "--score-ratio"),
+    ({"score_block": 1.1}, "--score-block"), ({"mim_lr": float("inf")}, "--mim-lr"),
+    ({"mim_clip": -1.0}, "--mim-clip")])
 def test_settings_that_cannot_work_are_named(settings, option):
     cfg = Config(**settings)
     with pytest.raises(InputError, match=f"^{option} "):
