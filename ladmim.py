@@ -486,8 +486,7 @@ def mim_rate(cfg: Config, epoch: float) -> float:
 
 
 def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
-    """Trains the ViT on the first n photos, by equation 12. HVQ-Trans is frozen: it tokenises
-    once."""
+    """Trains the ViT on the first n photos, by equation 12. The frozen HVQ-Trans tokenises once."""
     torch.manual_seed(run.seed)
     device, codes = photos.device, []
     mim = ViT(cfg, len(photos.mean)).to(device)

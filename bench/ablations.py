@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,27 +26,20 @@ import runs  # noqa: E402
 from data import InputError  # noqa: E402
 
 
-def masks(kind: str, share: float) -> dict:
-    """A training mask of this kind and share of the tokens; its least block stays the same part of
-    it."""
-    return {"mask": kind, "train_ratio": share, "train_block": round(share * 46 / 130, 4)}
-
-
 def scores(hvq: str, mim: str, **more) -> dict:
     return {"hvq_score": hvq, "mim_score": mim, **more}
 
 
-SHARES = (0.2, 0.4, 0.6)
 TARGETS = {name: {"target": name, "mim_score": "mean"}
            for name in ("pixel", "feature", "code", "histogram")}
+MASKS = {"checkerboard": {"mask": "checkerboard"}}
+for kind, share in itertools.product(("random", "block"), (0.2, 0.4, 0.6)):
+    # Whatever share of the tokens a mask hides, its least block stays the same part of it.
+    MASKS[f"{kind}-{share}"] = {"mask": kind, "train_ratio": share,
+                                "train_block": round(share * 46 / 130, 4)}
 # Name -> the settings of each row. "width" multiplies the preset's own.
 ABLATIONS = {
-    "scoring": {"": {}},
-    "combine": TARGETS,
-    "masking": {"checkerboard": {"mask": "checkerboard"},
-                **{f"random-{share}": masks("random", share) for share in SHARES},
-                **{f"block-{share}": masks("block", share) for share in SHARES}},
-    "target": TARGETS,
+    "scoring": {"": {}}, "combine": TARGETS, "masking": MASKS, "target": TARGETS,
     "width": {f"{factor:g} times the preset's mim_width": {"mim_width": factor}
               for factor in (0.25, 0.5, 1, 2)},
     "multi": {"each alone": {}, "one model": {}},
@@ -56,9 +49,7 @@ ABLATIONS = {
               "both whitened": scores("whitened", "whitened"),
               "both whitened, masks of 230 of 576": scores(
                   "whitened", "whitened", score_ratio=230 / 576, score_block=92 / 576)},
-    "leak": {"HVQ mean": scores("mean", "mean"), "HVQ max": scores("max", "mean")},
-}
-SPLITS = {"leak": ("validation", "test")}            # whose mean and std standardise the scores
+    "leak": {"HVQ mean": scores("mean", "mean"), "HVQ max": scores("max", "mean")}}
 PAPER = {"scoring": "table5_scoring_ablation", "combine": "table6_combined_with_hvq",
          "masking": "table7_masking_multi_class_200_epochs", "target": "table8_prediction_target"}
 SHORTCUTS = ("rows \"over test\" LEAK, scores standardised with mean and std of the whole test "
@@ -66,8 +57,8 @@ SHORTCUTS = ("rows \"over test\" LEAK, scores standardised with mean and std of 
              "shortcuts in published code are worth, never to report")
 
 
-def train(job: runs.Job):
-    """One run, unless it is there and finished. Standard output is the table's."""
+def train(job: runs.Job) -> Path:
+    """The folder of this run, trained unless it is there and finished."""
     if (job.out / "checkpoint.pt").exists():
         state = runs.load_checkpoint(job.out / "checkpoint.pt")
         held = vars(ladmim.Config()) | state["config"]
@@ -75,61 +66,68 @@ def train(job: runs.Job):
         if differ:
             raise InputError(f"{job.out}: was trained with other {', '.join(differ)}; move it away")
         if state["stage"] == "done":
-            return
+            return job.out
     print(f"{job.out}", file=sys.stderr, flush=True)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr):     # standard output is the table's
         ladmim.train_run(job)
+    return job.out
+
+
+def train_row(job: runs.Job, settings: dict, folder: Path) -> Path:
+    """-> the run in `folder` that has these settings and else those of job, an ordinary run. That
+    one is trained, too: it gives what the settings leave alone, or is itself the row."""
+    ordinary, usual = train(job), vars(job.cfg)
+    settings = {key: value for key, value in settings.items() if usual[key] != value}
+    if not settings:
+        return ordinary
+    row = ",".join(f"{key}={value}" for key, value in settings.items())
+    out = folder / f"{job.category}-{job.preset}-{row}-seed{job.seed}"
+    return train(replace(job, cfg=replace(job.cfg, **settings), out=out, take=ordinary))
 
 
 def ablate(name: str, root: Path, categories: list[str], args) -> dict:
-    """-> {row: [records]} of one ablation, `eval.evaluate`'s. leak's rows are named by how scores
-    were standardised, too."""
+    """-> {row: [`eval.evaluate`'s records]} of one ablation."""
     usual, device, rows = ladmim.Config(**ladmim.PRESETS[args.preset]), runs.pick_device(None), {}
-    home = args.runs / root.resolve().name
+    home, folder = (args.runs / part / root.resolve().name for part in ("", "ablations"))
     for label, settings in ABLATIONS[name].items():
         if name == "width":
             settings = {"mim_width": int(settings["mim_width"] * usual.mim_width)}
-        settings = {key: value for key, value in settings.items() if getattr(usual, key) != value}
-        together = label == "one model"
-        groups = [categories] if together else [[one] for one in categories]
+        groups, called = [[one] for one in categories], ""
+        if label == "one model":
+            groups, called = [categories], "all" if args.category == "all" else ""
         for seed, names in itertools.product(args.seeds, groups):
-            called = "all" if together and args.category == "all" else ",".join(names)
-            job = runs.Job(usual, args.preset, root, names, device, seed, called,
-                           home / f"{called}-{args.preset}-seed{seed}")
-            train(job)
-            if settings:                             # else the row is the ordinary run
-                row = ",".join(f"{key}={value}" for key, value in settings.items())
-                out = (args.runs / "ablations" / home.name
-                       / f"{called}-{args.preset}-{row}-seed{seed}")
-                job = dataclasses.replace(job, cfg=dataclasses.replace(usual, **settings),
-                                          out=out, take=job.out)
-                train(job)
-            scored = evaluation.read_run(job.out)
-            for one, over in itertools.product(names, SPLITS.get(name, ("validation",))):
-                key = f"{label}, standardised over {over}" if name == "leak" else label
-                rows.setdefault(key, []).append(evaluation.evaluate(scored, one, over))
-    for label in [label for label in rows if label.endswith("over test")]:
-        rows[f"{label}, flipped"] = [record | {"both": flipped(record["both"])}
-                                     for record in rows[label]]
+            job = runs.Job(usual, args.preset, root, names, device, seed, called)
+            job.out = home / job.out.name
+            scored = evaluation.read_run(train_row(job, settings, folder))
+            for one in names:
+                for key, record in row_records(name, label, scored, one):
+                    rows.setdefault(key, []).append(record)
     return rows
 
 
-def flipped(figures: dict) -> dict:
-    turned = {name: max(value, 1 - value) for name, value in figures.items() if name != "average"}
-    return turned | {"average": sum(turned.values()) / len(turned)}
+def row_records(name: str, label: str, scored: evaluation.ScoredRun, category: str):
+    """Yields (row, record): of "leak", also those by the published shortcuts."""
+    record = evaluation.evaluate(scored, category)
+    yield f"{label}, standardised over validation" if name == "leak" else label, record
+    if name == "leak":
+        leaky = evaluation.evaluate(scored, category, "test")
+        turned = {key: max(leaky["both"][key], 1 - leaky["both"][key])
+                  for key in leaky["both"] if key != "average"}
+        turned["average"] = sum(turned.values()) / len(turned)
+        yield f"{label}, standardised over test", leaky
+        yield f"{label}, standardised over test, flipped", leaky | {"both": turned}
 
 
 def reported(name: str) -> dict:
     """The paper's rows of this table: label -> figures."""
     paper = json.loads(evaluation.REPORTED.read_text(encoding="utf-8"))
-    if name != "multi":
-        return paper.get(PAPER.get(name), {})
-    rows = {}
-    for label, key in (("each alone (Table 2)", "table2_single_class"),
-                       ("one model (Table 3)", "table3_multi_class")):
-        rows[label] = {kind: paper[key][kind]["average"]["LADMIM"] for kind in evaluation.KINDS}
-        rows[label]["average"] = paper[key]["overall"]["LADMIM"]
-    return rows
+    rows = paper.get(PAPER.get(name), {})
+    if name == "multi":
+        for label, key in (("each alone (Table 2)", "table2_single_class"),
+                           ("one model (Table 3)", "table3_multi_class")):
+            rows[label] = {kind: paper[key][kind]["average"]["LADMIM"] for kind in evaluation.KINDS}
+            rows[label]["average"] = paper[key]["overall"]["LADMIM"]
+    return {label: row for label, row in rows.items() if label != "note"}
 
 
 def tables(name: str, rows: dict) -> list[tuple]:
@@ -139,25 +137,24 @@ def tables(name: str, rows: dict) -> list[tuple]:
     columns = list(first["columns"])
     if len(columns) > 1:
         columns = ["structural", "logical", "average"]
-    categories = sorted({record["category"] for records in rows.values() for record in records})
     parts = {"scoring": evaluation.DETECTORS, "combine": {"mim": "MIM alone", "both": "and HVQ"}}
     ours, theirs = [], []
     for label, records in rows.items():
+        by_category = evaluation.grouped(records, "category")
         for part, words in parts.get(name, {"both": ""}).items():
             row = [f"{label} {words}".strip(), evaluation.seeds(records)]
             row += [evaluation.spread(records, part, column) for column in columns]
-            for one in categories:
-                of_one = [record for record in records if record["category"] == one]
-                row.append([evaluation.spread(of_one, part, column) for column in columns[:2]])
+            for same in by_category.values():
+                row.append([evaluation.spread(same, part, column) for column in columns[:2]])
             ours.append(row)
     for label, row in reported(name).items():
-        if isinstance(row, dict) and set(columns) <= row.keys():
+        if set(columns) <= row.keys():
             cells = [evaluation.Spread(row[column] / 100) for column in columns]
             theirs.append([f"{label}, reported", "–", *cells])
     header = ["row", "seeds", *columns]
-    each = [f"{one}: {' / '.join(columns[:2])}" for one in categories]
-    title = (f"{evaluation.data_title(first)}, {first['preset'].split()[0]}: {name}, AUROC %, mean "
-             "over categories")
+    each = [f"{one}: {' / '.join(columns[:2])}" for one, in by_category]
+    title = (f"{evaluation.data_title(first)}, {first['preset']}: {name}, AUROC %, mean over "
+             "categories")
     if theirs and first["rendered"]:
         reference = f"REFERENCE ONLY, not comparable with rendered data: {name}, reported for LOCO"
         return [(title, header + each, ours), (reference, header, theirs)]

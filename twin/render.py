@@ -29,7 +29,7 @@ COUNTS = {"train": 100, "validation": 30, "test_good": 40, "test_logical": 40,
 FOLDERS = {"train": "train/good", "validation": "validation/good", "test_good": "test/good",
            "test_logical": "test/logical_anomalies",
            "test_structural": "test/structural_anomalies"}
-RENDERED_MARK = "rendered.json"              # the same as data.py's: neither imports the other
+RENDERED_MARK = "rendered.json"              # in a category folder: drawn, not photographed
 # Fresh interpreters draw: a pool would fork the caller's threads or import its program again.
 WORKER = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
           "from twin.render import draw_share; draw_share(*json.loads(sys.argv[2]))")
@@ -172,6 +172,9 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; nothing unfinished was left behind", file=sys.stderr)
         return 130
+    except BrokenPipeError:                      # whoever read the output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 
