@@ -158,14 +158,20 @@ def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
     return ()
 
 
-def folder_layout(folder: Path, category: str) -> list[Photo]:
+def good_folder(split: Path) -> Path:
+    """split/good, also where it is written Good."""
+    inside = [path for path in split.glob("*") if path.name.lower() == "good"]
+    return max(inside, default=split / "good")
+
+
+def folder_layout(folder: Path) -> list[Photo]:
     """MVTec LOCO, MVTec AD, BMAD and own photos: train/good, validation/good, test/KIND."""
-    train, test = folder / "train" / "good", folder / "test"
+    train, test, category = good_folder(folder / "train"), folder / "test", folder.name
     photos = [Photo(path, category, "train") for path in images_in(train)]
     if not photos:
         raise InputError(f"{train}: no training photos; put photos of good products there")
     for name in VALIDATION:
-        validation = images_in(folder / name / "good")
+        validation = images_in(good_folder(folder / name))
         photos += [Photo(path, category, "validation") for path in validation]
     if images_in(test):
         raise InputError(f"{test}: photos lie in it directly; move them into its folders good and "
@@ -180,9 +186,10 @@ def folder_layout(folder: Path, category: str) -> list[Photo]:
     return photos
 
 
-def visa_layout(root: Path, category: str, table: Path) -> list[Photo]:
+def visa_layout(folder: Path) -> list[Photo]:
     """VisA, by its table split_csv/1cls.csv."""
-    columns, photos = ("object", "split", "label", "image", "mask"), {}
+    root, category, photos = folder.parent, folder.name, {}
+    table, columns = visa_table(folder), ("object", "split", "label", "image", "mask")
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -195,7 +202,8 @@ def visa_layout(root: Path, category: str, table: Path) -> list[Photo]:
             continue
         name, good, split = Path(row["image"]), row["label"] == "normal", row["split"]
         path, mask = root / name, root / row["mask"]
-        if name.parts[:1] != (category,) or not path.is_file() or path in photos:
+        inside = name.parts[:1] == (category,) and ".." not in name.parts
+        if not inside or not path.is_file() or path in photos:
             raise InputError(f"{table}: {name} is missing or listed twice; unpack VisA again")
         if split not in ("train", "test") or (split == "train" and not good):
             raise InputError(f"{table}: {name} is neither a normal training photo nor a test "
@@ -205,14 +213,27 @@ def visa_layout(root: Path, category: str, table: Path) -> list[Photo]:
     return list(photos.values())
 
 
+def visa_table(folder: Path) -> Path:
+    return folder.parent / "split_csv" / "1cls.csv"
+
+
+# Whether a category's folder is in a layout, and the function that reads it; the first one counts.
+LAYOUTS = (
+    (lambda folder: (folder / "train").is_dir(), folder_layout),
+    (lambda folder: (folder / "image_anno.csv").is_file(), visa_layout),
+    (lambda folder: visa_table(folder).is_file() and folder != visa_table(folder).parent,
+     visa_layout),
+)
+
+
 def list_categories(root: Path) -> list[str]:
     """Names of the category folders under root. Raises InputError where there is none."""
     with readable():
         if not root.is_dir():
             raise InputError(f"--data {root}: no such folder; name the folder that holds the "
                              "category folders")
-        names = sorted(path.name for path in root.iterdir() if not path.name.startswith(".")
-                       and ((path / "train").is_dir() or (path / "image_anno.csv").is_file()))
+        names = sorted(path.name for path in root.glob("[!.]*") if path.is_dir()
+                       and any(fits(path) for fits, _ in LAYOUTS))
         if not names and (root / "train").is_dir():
             raise InputError(f"--data {root}: is a category; name its parent and --category "
                              f"{root.resolve().name}")
@@ -253,11 +274,8 @@ def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
         if Path(category).name != category or category == ".." or not folder.is_dir():
             names = list_categories(root)
             raise InputError(f"--category {category}: not in {root}; found: {', '.join(names)}")
-        table, visa = root / "split_csv" / "1cls.csv", folder / "image_anno.csv"
-        if not (folder / "train").is_dir() and (table.is_file() or visa.is_file()):
-            photos = visa_layout(root, category, table)
-        else:
-            photos = folder_layout(folder, category)
+        layout = next((layout for fits, layout in LAYOUTS if fits(folder)), folder_layout)
+        photos = layout(folder)
     if not any(photo.split == "validation" for photo in photos):
         train = sorted(photo.path for photo in photos if photo.split == "train")
         if len(train) < 2:

@@ -6,7 +6,6 @@ ResNet.
 """
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -22,11 +21,6 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ladmim  # noqa: E402
 import runs  # noqa: E402
-
-
-def nearest(x: torch.Tensor, memory: torch.Tensor, k: int = 1):
-    """The k smallest distances of x (n, d) to memory (m, d), (n, k), and whose they are."""
-    return torch.cdist(x, memory).topk(min(k, len(memory)), 1, largest=False)
 
 
 def neighbourhoods(x: torch.Tensor) -> torch.Tensor:
@@ -51,11 +45,12 @@ def coreset(bank: torch.Tensor, share: float) -> torch.Tensor:
 def patchcore_score(x: torch.Tensor, memory: torch.Tensor) -> float:
     """x (N, d0), one photo's patches. The distance of the most distant one, weighted as in the
     paper's equation 7 with 9 neighbours."""
-    distances, at = nearest(x, memory)
-    worst = distances[:, 0].argmax()
-    around = nearest(memory[at[worst]], memory, 9)[1][0]     # neighbours of the nearest
+    distances, at = torch.cdist(x, memory).min(1)
+    worst = distances.argmax()
+    to_all = torch.linalg.vector_norm(memory - memory[at[worst]], dim=1)
+    around = to_all.topk(min(9, len(memory)), largest=False).indices     # the nearest one's own
     others = torch.linalg.vector_norm(memory[around] - x[worst], dim=1)
-    return float(distances[worst, 0] * (1 - torch.softmax(others, 0)[0]))
+    return float(distances[worst] * (1 - torch.softmax(others, 0)[0]))
 
 
 @torch.inference_mode()
@@ -70,70 +65,59 @@ def patchcore(features, train, test, share: float = 0.1):
     return np.array(scores), trained - began, time.monotonic() - trained
 
 
+def seconds(function, images: np.ndarray) -> float:
+    """Of all images, 8 at a time. What the first use costs, nobody pays."""
+    function(images[:8])
+    began = time.monotonic()
+    for batch in data.in_batches(images, 8):
+        function(np.stack(batch))
+    return time.monotonic() - began
+
+
 def compare(scored: evaluation.ScoredRun, ours: dict, cache: Path) -> list[dict]:
-    """LADMIM's run and PatchCore on its photos: a record each. ours: `eval.evaluate`'s record of
-    one of the run's categories."""
-    category, seed = ours["category"], scored.config["seed"]
+    """LADMIM's run and PatchCore on its photos: a record each. ours: `eval.evaluate`'s."""
     state = runs.load_finished(scored.folder)
-    detector = ladmim.load_detector(scored.folder, category, runs.pick_device(None))
-    cfg, device, root = detector.cfg, detector.mean.device, Path(scored.config.get("root", ""))
-    if not (root / category).is_dir():
-        raise data.InputError(f"{scored.folder}: its photos are no longer at {root / category}")
-    photos = data.find_photos(root, category, seed)
+    detector = ladmim.load_detector(scored.folder, ours["category"], runs.pick_device(None))
+    cfg, device = detector.cfg, detector.mean.device
+    photos = data.find_photos(Path(scored.config.get("root", "")), ours["category"], ours["seed"])
     seen, photos, rows = backbone.find_features(photos, detector.pdn, cfg.image_size, cfg.grid,
                                                 False, device, cache)
     features = backbone.Features(seen, detector.mean, detector.std, device, rows)
     train, test = (torch.tensor([i for i, photo in enumerate(photos) if photo.split == split])
                    for split in ("train", "test"))
-    paths = [photos[i].path for i in test]
-    images = np.stack(list(data.load_images(paths, cfg.image_size)))
-
-    def seconds(function) -> float:
-        """Of all test photos; what the first use costs, nobody pays."""
-        function(images[:8])
-        began = time.monotonic()
-        for batch in data.in_batches(images, 8):
-            function(np.stack(batch))
-        return time.monotonic() - began
-
-    # Cached features are read, so both pay for the backbone. `.cpu` waits for a GPU.
-    reading = seconds(lambda batch: backbone.look(detector.pdn, batch, cfg.grid, False,
-                                                  device).cpu())
-    trained = sum(line.get("seconds", 0) for line in state["metrics"]
-                  if line["stage"] in ("hvq", "mim"))
-    scores, learning, scoring = patchcore(features.h0, train, test)
+    images = np.stack(list(data.load_images([photos[i].path for i in test], cfg.image_size)))
     kinds = np.array([photos[i].kind for i in test])
-    about = {key: ours[key] for key in ("category", "seed", "columns", "rendered", "data",
-                                        *evaluation.GROUP)}
-    systems = (("LADMIM", ours["both"], trained, seconds(detector)),
-               ("PatchCore", evaluation.aurocs(kinds, scores), learning, scoring + reading))
-    records = []
-    for name, figures, training, testing in systems:
-        training += reading * len(train) / len(test)
-        records.append({"system": name, "both": figures, "train": training,
-                        "image": 1e3 * testing / len(test), **about})
+
+    scores, learning, scoring = patchcore(features.h0, train, test)
+    # It read cached features: here it pays for the backbone. `.cpu` waits for a GPU.
+    scoring += seconds(lambda batch: detector.look(batch)[0].cpu(), images)
+    trained = sum(line.get("seconds", 0) for line in state["metrics"] if line["stage"] != "score")
+    systems = {"LADMIM": (ours["both"], trained, seconds(detector, images)),
+               "PatchCore": (evaluation.aurocs(kinds, scores), learning, scoring)}
+    keys, records = ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP), []
+    for system, (figures, training, testing) in systems.items():
+        records.append({"system": system, "both": figures, "train": training,
+                        "image": 1e3 * testing / len(test), **{key: ours[key] for key in keys}})
     return records
 
 
 def table(records: list[dict]) -> tuple:
     """-> (title, header, rows): a row a system, the mean over the categories, then each."""
-    first, rows = records[0], []
-    columns, categories = list(first["columns"]), sorted({r["category"] for r in records})
+    first, columns, rows = records[0], records[0]["columns"], []
     for (system,), same in evaluation.grouped(records, "system").items():
+        by_category = evaluation.grouped(same, "category")
         row = [system, *(evaluation.spread(same, "both", column) for column in columns)]
-        row += [f"{np.mean([r[cost] for r in same]):.0f}" for cost in ("train", "image")]
-        for one in categories:
-            of_one = [r for r in same if r["category"] == one]
-            row.append([evaluation.spread(of_one, "both", column) for column in columns[:2]])
+        row += [f"{np.mean([record[cost] for record in same]):.0f}" for cost in ("train", "image")]
+        for one in by_category.values():
+            row.append([evaluation.spread(one, "both", column) for column in columns[:2]])
         rows.append(row)
-    header = ["system", *columns, "training s", "ms an image",
-              *(f"{one}: {' / '.join(columns[:2])}" for one in categories)]
-    group = ", ".join(first[key] for key in evaluation.GROUP)
-    title = f"{evaluation.data_title(first)}, {group}: the same PDN, AUROC %"
-    return title, header, rows
+    each = [f"{category}: {' / '.join(columns[:2])}" for category, in by_category]
+    about = [evaluation.data_title(first), *(first[key] for key in evaluation.GROUP), "AUROC %"]
+    costs = ["training s, features cached", "ms a photo"]
+    return ", ".join(about), ["system", *columns, *costs, *each], rows
 
 
-def parse(argv) -> argparse.Namespace:
+def parse(argv):
     parser = data.Parser(prog="bench/baselines.py", description="PatchCore beside each run.")
     evaluation.add_runs(parser)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="default: cache")

@@ -258,8 +258,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row (default 2)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does it all run?")
     parser.add_argument("--naive", action="store_true", help="only this: the long way, and ours")
-    parser.add_argument("--preset", choices=ladmim.PRESETS,
-                        help="of the steps (default: paper with a GPU, tiny without)")
+    parser.add_argument("--preset", choices=ladmim.PRESETS, help="default: paper, tiny on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
     return parser.parse_args(argv)
 
@@ -286,14 +285,16 @@ def benchmark(args) -> int:
     warnings.filterwarnings("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     preset = args.preset or ("paper" if device == "cuda" else "tiny")
-    seconds, masks = (0.1, 2) if args.quick else (args.seconds, 64)
+    seconds, settings = args.seconds, {"masks": 64}
+    if args.quick:
+        seconds, settings = 0.1, {"masks": 2, "hvq_batch": 2, "mim_batch": 2}
     versions = (f"torch {torch.__version__}, triton {triton.__version__ if triton else 'none'}, "
                 f"Python {platform.python_version()}")
     results = {"device": device_name(device), "versions": versions, "commit": runs.git_commit(),
                "preset": preset}
     if not args.naive:
         results |= measure_kernels(device, seconds, args.quick)
-    cfg = ladmim.Config(**ladmim.PRESETS[preset] | {"masks": masks})
+    cfg = ladmim.Config(**ladmim.PRESETS[preset] | settings)
     detector = naive.make_detector(cfg, torch.device(device))
     with tempfile.TemporaryDirectory() as folder:
         if args.naive:

@@ -3,20 +3,40 @@ import json
 
 import numpy as np
 import pytest
-from test_report import SETTINGS, folder, small  # noqa: F401
 
 import eval as evaluation
 import ladmim
 from bench import ablations
+from twin.render import COUNTS, render
+
+# 80 pixels a side are 12x12 positions of the backbone, the least that checkerboards need.
+SETTINGS = dict(image_size=80, grid=4, codes=8, code_dim=8, hvq_width=32, hvq_heads=2,
+                mim_width=32, mim_heads=2, mim_blocks=2, masks=4, hvq_epochs=2, mim_epochs=2,
+                hvq_score="whitened", mim_score="whitened", codebook="ema", hvq_batch=4)
+DATA = ["--data", "twin", "--category", "juice_bottle"]
 
 
-def ablation(name, *more):
-    words = [name, "--data", "twin", "--category", "juice_bottle", "--seeds", "0-1", *more]
-    assert ablations.main(words) == 0
-    return json.loads(open(f"runs/ablation-{name}.json").read())
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small twin of one category."""
+    folder = tmp_path_factory.mktemp("twin")
+    render(folder / "twin", "juice_bottle", {**dict.fromkeys(COUNTS, 5), "train": 8}, 80, 1)
+    return folder
 
 
-def test_ablations_train_nothing_twice(small, monkeypatch, capsys):  # noqa: F811
+@pytest.fixture
+def small(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", SETTINGS)
+    return folder
+
+
+def ablation(name, *more, folder="runs"):
+    assert ablations.main([name, *DATA, "--runs", folder, *more]) == 0
+    return json.loads(open(f"{folder}/ablation-{name}.json").read())
+
+
+def test_ablations_train_nothing_twice(small, monkeypatch, capsys):
     fitted = []
     for stage in ("train_hvq", "train_mim"):
         def noted(run, *rest, stage=stage, train=getattr(ladmim, stage)):
@@ -27,72 +47,91 @@ def test_ablations_train_nothing_twice(small, monkeypatch, capsys):  # noqa: F81
             return model
 
         monkeypatch.setattr(ladmim, stage, noted)
-    found = ablation("target")
+    seeds = "--seeds", "0-1"
+    result = ablation("target", *seeds)
     assert fitted.count("train_hvq") == 2            # one a seed, for all four targets
     assert fitted.count("train_mim") == 8
-    assert list(found["records"]) == ["pixel", "feature", "code", "histogram"]
-    table = found["tables"][0]["rows"]
-    for row in table:
-        mine = [record["both"]["logical"] for record in found["records"][row[0]]]
-        assert row[3]["mean"] == pytest.approx(np.mean(mine))
-        assert row[3]["std"] == pytest.approx(np.std(mine, ddof=1))
-    assert len({row[3]["mean"] for row in table}) > 1             # they are different models
-    assert "REFERENCE ONLY" in found["tables"][1]["title"]
-    assert len(found["tables"][1]["rows"]) == 4
+    assert list(result["records"]) == ["pixel", "feature", "code", "histogram"]
+    ours, paper = result["tables"]
+    assert ours["header"][:5] == ["row", "seeds", "logical", "structural", "average"]
+    for row in ours["rows"]:
+        mine = [record["both"]["logical"] for record in result["records"][row[0]]]
+        assert row[2]["mean"] == row[5][0]["mean"] == pytest.approx(np.mean(mine))
+        assert row[2]["std"] == pytest.approx(np.std(mine, ddof=1))
+    assert len({row[2]["mean"] for row in ours["rows"]}) > 1      # they are different models
+    assert "REFERENCE ONLY" in paper["title"] and len(paper["rows"]) == 4
     fitted.clear()
-    assert ablation("target") == found and not fitted
+    assert ablation("target", *seeds) == result and not fitted
     assert [path.name for path in evaluation.find_runs([small / "runs"])] == [
         f"juice_bottle-tiny-seed{n}" for n in (0, 1)]
     assert len(evaluation.find_runs([small / "runs" / "ablations"])) == 8
-    combined = ablation("combine")
+    combined = ablation("combine", *seeds)
     rows = combined["tables"][0]["rows"]
     assert not fitted and [row[0] for row in rows][:2] == ["pixel MIM alone", "pixel and HVQ"]
-    assert rows[0][3]["mean"] == np.mean([r["mim"]["logical"] for r in found["records"]["pixel"]])
+    assert rows[0][2]["mean"] == np.mean([r["mim"]["logical"] for r in result["records"]["pixel"]])
     for name, count in (("scoring", 3), ("score", 5), ("leak", 6)):
         assert len(ablation(name)["tables"][0]["rows"]) == count
         assert not fitted                            # they only score anew
     capsys.readouterr()
 
 
-def test_leaks_are_those_of_the_published_code(small):  # noqa: F811
-    found = ablation("leak", "--seeds", "0")["records"]
-    plain = found["HVQ mean, standardised over validation"][0]
-    leaky = found["HVQ mean, standardised over test"][0]
+def test_leaks_are_those_of_the_published_code(small):
+    result = ablation("leak")
+    records = {name: records[0] for name, records in result["records"].items()}
     name = "juice_bottle-tiny-hvq_score=mean,mim_score=mean-seed0"
     scored = evaluation.read_run(small / "runs/ablations/twin" / name)
+    plain, leaky = records["HVQ mean"], records["HVQ mean, over test"]
     assert plain["both"] == evaluation.evaluate(scored, "juice_bottle")["both"]
     assert leaky["both"] == evaluation.evaluate(scored, "juice_bottle", "test")["both"]
-    report = json.loads(open("runs/ablation-leak.json").read())
-    assert "LEAK" in report["tables"][0]["banner"]
-    turned = found["HVQ mean, standardised over test, flipped"][0]["both"]
-    assert turned["logical"] == max(leaky["both"]["logical"], 1 - leaky["both"]["logical"])
+    assert "LEAK" in result["tables"][0]["banner"]
+    turned = records["HVQ mean, over test, flipped"]["both"]
+    for kind in ("logical", "structural"):
+        assert turned[kind] == max(leaky["both"][kind], 1 - leaky["both"][kind])
+    assert turned["average"] == (turned["logical"] + turned["structural"]) / 2
 
 
-def test_a_run_of_other_settings_is_no_row(small, tmp_path, monkeypatch, capsys):  # noqa: F811
-    words = ["scoring", "--data", "twin", "--category", "juice_bottle", "--runs", str(tmp_path)]
-    assert ablations.main(words) == 0
+def test_a_run_of_other_settings_is_no_row(small, monkeypatch, capsys):
+    ablation("scoring")
     monkeypatch.setitem(ladmim.PRESETS, "tiny", SETTINGS | {"hvq_lr": 0.5})
-    assert ablations.main(words) == 2 and "other hvq_lr" in capsys.readouterr().err
+    assert ablations.main(["scoring", *DATA]) == 2
+    assert "hvq_lr" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_no_traceback(small, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_ctrl_c_is_no_traceback(small, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(ladmim, "train_run", interrupted)
-    assert ablations.main(["scoring", "--data", "twin", "--category", "juice_bottle",
-                           "--runs", str(tmp_path)]) == 130
+    assert ablations.main(["scoring", *DATA, "--runs", "stopped"]) == 130
     assert "goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, rows", [("masking", 7), ("width", 4), ("multi", 2)])
-def test_the_other_ablations(small, monkeypatch, name, rows):  # noqa: F811
+def test_the_other_ablations(small, monkeypatch, name, rows):
     short = {**SETTINGS, "grid": 12, "hvq_epochs": 1, "mim_epochs": 1}
     monkeypatch.setitem(ladmim.PRESETS, "tiny", short)
-    assert ablations.main([name, "--data", "twin", "--category", "juice_bottle",
-                           "--runs", "others"]) == 0
-    tables = json.loads(open(f"others/ablation-{name}.json").read())["tables"]
-    assert len(tables[0]["rows"]) == rows
+    tables = ablation(name, folder="others")["tables"]
+    assert len(tables[0]["rows"]) == rows and len(tables) == (1 if name == "width" else 2)
     if name == "multi":          # the paper's averages over the five categories, Tables 2 and 3
-        figures = [[round(100 * cell["mean"], 1) for cell in row[2:]] for row in tables[1]["rows"]]
-        assert figures == [[88.5, 80.9, 84.7], [88.9, 81.4, 85.1]]
+        figures = [[round(100 * cell["mean"], 1) for cell in row[1:]] for row in tables[1]["rows"]]
+        assert figures == [[80.9, 88.5, 84.7], [81.4, 88.9, 85.1]]
+        paper = json.loads(evaluation.REPORTED.read_text())
+        for table, row in zip(("table2_single_class", "table3_multi_class"), figures):
+            means = [paper[table][kind]["average"] for kind in evaluation.KINDS]
+            assert row == [cell["LADMIM"] for cell in (*means, paper[table]["overall"])]
+
+
+def test_one_model_of_several_categories(small, tmp_path, monkeypatch):
+    """It is the run that `train` would make, and has a column for each category."""
+    for name in ("juice_bottle", "pushpins"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        (tmp_path / "two" / name).symlink_to(small / "twin/juice_bottle")
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", {**SETTINGS, "hvq_epochs": 1, "mim_epochs": 1})
+    assert ablations.main(["multi", "--data", str(tmp_path / "two"), "--runs", "several"]) == 0
+    assert sorted(path.name for path in (small / "several/two").iterdir()) == [
+        f"{called}-tiny-seed0" for called in ("all", "juice_bottle", "pushpins")]
+    result = json.loads(open("several/ablation-multi.json").read())
+    assert [record["category"] for record in result["records"]["one model"]] == [
+        "juice_bottle", "pushpins"]
+    assert {record["trained on"] for record in result["records"]["one model"]} == {"all"}
+    assert len(result["tables"][0]["header"]) == 7

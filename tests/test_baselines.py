@@ -1,14 +1,18 @@
 """bench/baselines.py: PatchCore against a plain loop, and beside a run."""
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import QUICK, command
 from sklearn.neighbors import NearestNeighbors
-from test_report import folder, small, train  # noqa: F401
 
+import data
 import eval as evaluation
+import ladmim
 from bench import baselines
+from twin.render import COUNTS, render
 
 
 def test_patchcore_against_a_plain_loop():
@@ -43,18 +47,46 @@ def test_the_coreset_covers_the_memory_better_than_chance():
     assert scores[0] < 5
 
 
-def test_baselines_beside_a_run(small, capsys):  # noqa: F811
+def patchcore_of(run, folder):
+    """AUROCs of PatchCore on the run's photos, each looked at anew."""
+    detector = ladmim.load_detector(run, None, torch.device("cpu"))
+    photos = [photo for photo in data.find_photos(folder, "juice_bottle", 0)
+              if photo.split != "validation"]
+    photos.sort(key=lambda photo: photo.split == "test")
+    images = data.load_images([photo.path for photo in photos], detector.cfg.image_size)
+    h0, _ = detector.look(np.stack(list(images)))
+    count = sum(photo.split == "train" for photo in photos)
+    scores, *_ = baselines.patchcore(lambda index: h0[index], torch.arange(count),
+                                     torch.arange(count, len(h0)))
+    return evaluation.aurocs(np.array([photo.kind for photo in photos[count:]]), scores)
+
+
+def test_baselines_beside_a_run(tmp_path, monkeypatch, capsys):
+    """Two seeds, and a third run whose photos are gone: it costs a line."""
+    render(tmp_path / "twin", "juice_bottle", {**dict.fromkeys(COUNTS, 5), "train": 8}, 64, 1)
     for seed in (0, 1):
-        train(f"two/run{seed}", "--seed", seed, "--image-size", "125")
-    assert baselines.main(["two"]) == 0
-    found = json.loads(open("runs/baselines.json").read())
-    assert [row[0] for row in found["tables"][0]["rows"]] == ["LADMIM", "PatchCore"]
-    ours = [evaluation.evaluate(evaluation.read_run(small / f"two/run{seed}"),
+        command("train", "--data", "twin", "--category", "juice_bottle", *QUICK, "--seed", seed,
+                "--out", f"runs/seed{seed}", cwd=tmp_path)
+    shutil.copytree(tmp_path / "runs/seed0", tmp_path / "runs/seed2")
+    config = json.loads((tmp_path / "runs/seed2/config.json").read_text())
+    config |= {"seed": 2, "root": "gone"}
+    (tmp_path / "runs/seed2/config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    assert baselines.main([]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(lines) == 1 and lines[0].startswith("warning: ") and "gone" in lines[0]
+    result = json.loads(open("runs/baselines.json").read())
+    ours = [evaluation.evaluate(evaluation.read_run(tmp_path / f"runs/seed{seed}"),
                                 "juice_bottle")["both"] for seed in (0, 1)]
-    records = found["records"]
+    theirs = patchcore_of(tmp_path / "runs/seed0", tmp_path / "twin")
+    records = result["records"]
     assert [r["both"] for r in records if r["system"] == "LADMIM"] == ours
+    assert [r["both"] for r in records if r["system"] == "PatchCore"] == [theirs, theirs]
+    assert ours[0] != ours[1] != theirs
     for record in records:
-        assert 0 <= record["both"]["average"] <= 1
         assert record["train"] > 0 and record["image"] > 0
-    assert len({json.dumps(record["both"]) for record in records}) > 2
-    capsys.readouterr()
+    (one, *of_ours), (other, *of_theirs) = result["tables"][0]["rows"]
+    assert (one, other) == ("LADMIM", "PatchCore")
+    for i, column in enumerate(("logical", "structural", "average")):
+        assert of_ours[i]["mean"] == np.mean([figures[column] for figures in ours])
+        assert of_theirs[i]["mean"] == theirs[column]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -40,6 +41,15 @@ def test_writes_numbers_and_tables(quick):
     assert results["device"] and results["commit"]
 
 
+def check_steps(rows):
+    """Each row's time of an image, and that as a multiple of ours."""
+    assert {row["step"].split(",")[0] for row in rows} == {"train HVQ-Trans", "train ViT", "score"}
+    ours = {row["step"]: row["an image"] for row in rows if row["variant"] == "ours"}
+    for row in rows:
+        assert row["an image"] == pytest.approx(row["median"] / row["images"])
+        assert row["ratio"] == pytest.approx(row["an image"] / ours[row["step"]])
+
+
 def test_measured_rows_hold_together(quick):
     _, results, _ = quick
     kernels, steps = results["kernels"], results["steps"]
@@ -59,7 +69,25 @@ def test_measured_rows_hold_together(quick):
     ours = [row for row in kernels if row["variant"] == "kernels"]
     assert all(row["wrong"] == 0 for row in ours if "wrong" in row)
     assert any("wrong" in row for row in ours)
-    assert {row["step"].split(",")[0] for row in steps} == {"train HVQ-Trans", "train ViT", "score"}
+    assert {row["variant"] for row in steps} == {"plain torch", "ours"}
+    check_steps(steps)
+
+
+def test_plain_torch_stands_in_the_kernels_places(monkeypatch):
+    """The steps' plain rows are only worth something if no kernel runs in them."""
+    cfg = ladmim.Config(image_size=61, grid=4, codes=8, hvq_width=16, mim_width=16, mim_blocks=1,
+                        masks=2, hvq_batch=1, mim_batch=1)
+    steps = bench.kernel_steps(naive.make_detector(cfg, torch.device("cpu")), "cpu")
+    used = {"train HVQ-Trans": {"nearest_code"}, "train ViT": {"histogram_l1"},
+            "score": {"nearest_code", "histogram_l1"}}
+    assert steps.keys() == used.keys()
+    for step, ways in steps.items():
+        for way, expected in (("plain torch", set()), ("ours", used[step])):
+            spies = {name: Mock(wraps=getattr(bench, name)) for name in used["score"]}
+            for name, spy in spies.items():
+                monkeypatch.setattr(ladmim, name, spy)
+            ways[way][1]()
+            assert {name for name, spy in spies.items() if spy.called} == expected
 
 
 def test_peak_memory_of_a_known_allocation():
@@ -71,7 +99,7 @@ def test_peak_memory_of_a_known_allocation():
 def test_the_long_way_and_ours_agree(tmp_path, codebook):
     """The ratio of --naive is honest only if both sides compute the same: losses, weights after a
     step, codebooks, scores."""
-    cfg = ladmim.Config(image_size=125, grid=6, codes=16, code_dim=8, hvq_width=32, hvq_heads=2,
+    cfg = ladmim.Config(image_size=80, grid=6, codes=16, code_dim=8, hvq_width=32, hvq_heads=2,
                         hvq_dropout=0.0, codebook=codebook, hvq_batch=3, mim_width=32, mim_heads=2,
                         mim_blocks=2, mim_dropout=0.0, mim_batch=4, masks=3)
     detector = naive.make_detector(cfg, torch.device("cpu"))
@@ -106,19 +134,13 @@ def test_the_long_way_and_ours_agree(tmp_path, codebook):
 
 
 def test_the_long_way_is_measured(tmp_path, monkeypatch, capsys):
-    small = dict(image_size=61, grid=4, codes=8, code_dim=8, hvq_width=16, hvq_heads=2, hvq_batch=1,
-                 mim_width=16, mim_heads=2, mim_blocks=1, mim_batch=1)
+    small = dict(image_size=61, grid=4, codes=8, code_dim=8, hvq_width=16, hvq_heads=2,
+                 mim_width=16, mim_heads=2, mim_blocks=1)
     monkeypatch.setitem(ladmim.PRESETS, "tiny", small)
-    monkeypatch.setattr(naive, "score", lambda *_, **__: None)       # 64 backbones, five times
-    assert bench.main(["--naive", "--seconds", "0", "--photo", "64", "--out", str(tmp_path)]) == 0
+    assert bench.main(["--naive", "--preset", "tiny", "--quick", "--out", str(tmp_path)]) == 0
     results, = tmp_path.glob("*-naive-tiny.json")
-    rows = json.loads(results.read_text())["naive"]
+    rows = json.loads(results.read_text())["steps"]
     assert results.with_suffix(".md").read_text().strip() == capsys.readouterr().out.strip()
-    assert len(rows) == 9
-    for row in rows:
-        assert row["an image"] == pytest.approx(row["median"] / row["images"])
-    for step in {row["step"] for row in rows if row["ratio"]}:
-        ours, = (row for row in rows if row["step"] == step and row["variant"] == "ours")
-        for row in rows:
-            if row["step"] == step:
-                assert row["ratio"] == pytest.approx(row["an image"] / ours["an image"])
+    assert [row["variant"] for row in rows] == [
+        "long way", "ours", "long way", "ours", "long way", "long way, tokens once", "ours"]
+    check_steps(rows)

@@ -23,9 +23,10 @@ BELOW = {
     "kernels": {"kernels"},
     "twin": {"twin"},
 }
-# Equations that belong together, by the functions that compute them.
-EQUATIONS = {"3-4": ["quantise"], "5": ["decode"], "7": ["loss"], "8-9": ["forward"],
-             "11-12": ["mim_error"]}
+# Where ladmim.py computes the paper's equations; those of a group stand on one screen.
+EQUATIONS = [{"3": "quantise", "4": "quantise"}, {"5": "decode"}, {"7": "loss"},
+             {"8": "ViT.forward", "9": "ViT.forward"}, {"11": "mim_error", "12": "mim_error"}]
+SCREEN = 50                                          # lines
 
 
 def name_of(path: Path) -> str:
@@ -103,12 +104,27 @@ def test_a_circle_and_an_import_inside_a_function_would_be_found(tmp_path, monke
             test()
 
 
+def equation_lines() -> list[dict[str, int]]:
+    """Each group's equations -> the line of the function that computes it and says so."""
+    tree, groups = ast.parse((ROOT / "ladmim.py").read_text(encoding="utf-8")), []
+    named = {}                                       # function, or Class.method -> node
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef):
+                named[child.name] = child
+                named[f"{getattr(node, 'name', '')}.{child.name}"] = child
+    for group in EQUATIONS:
+        groups.append({})
+        for number, name in group.items():
+            first = (ast.get_docstring(named[name]) or "").partition(".")[0].partition(":")[0]
+            assert re.search(rf"Equations? .*\b{number}\b", first), f"{name}: no equation {number}"
+            groups[-1][number] = named[name].lineno
+    return groups
+
+
 def test_equations_stand_within_a_screen_of_their_neighbours():
-    text = "\n".join(lines(ROOT / "ladmim.py"))
-    for numbers in EQUATIONS:
-        found = [text[:match.start()].count("\n") for number in numbers.split("-")
-                 for match in re.finditer(rf"quations? [^.]*\b{number}\b", text)]
-        assert found and min(found) >= 0, f"equation {numbers} is named nowhere"
+    for group in equation_lines():
+        assert max(group.values()) - min(group.values()) < SCREEN
 
 
 def main():
@@ -124,6 +140,10 @@ def main():
     print(f"{'product':28}{total:6}\n")
     for name, used in sorted(GRAPH.items()):
         print(f"{name} -> {', '.join(sorted(used)) or '(nothing of ours)'}")
+    print()
+    for group in equation_lines():
+        for number, line in group.items():
+            print(f"equation {number:>2}: ladmim.py:{line}")
 
 
 if __name__ == "__main__":
