@@ -1,4 +1,4 @@
-"""bench/report.py's HTML file. Its fixtures serve the tests of ablations and baselines, too."""
+"""bench/report.py's HTML file."""
 import base64
 import io
 import re
