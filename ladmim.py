@@ -625,9 +625,9 @@ def train_run(job: Job) -> int:
     """Photos, features, both trainings, scores, table. Exit code 1 where a photo could not be
     read."""
     cfg, defaults = job.cfg, dataclasses.asdict(Config())
-    run = Run(job, defaults) if (job.out / "checkpoint.pt").exists() else None
+    runs.begun_state(job, defaults)                  # another run's folder is refused at once
     photos, n, features, pdn, bad = load_data_set(job)
-    run = run or Run(job, defaults)                  # no folder before the photos can be read
+    run = Run(job, defaults)                         # no folder before the photos can be read
     run.hold(pdn=pdn.state_dict(), mean=features.mean.cpu(), std=features.std.cpu())
     if job.take and not run.state["stage"]:
         run.take_over(job.take, defaults)

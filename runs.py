@@ -214,9 +214,9 @@ def in_precision(precision: str, device: torch.device):
 # Several processes: torchrun --nproc-per-node N ladmim.py train ...
 #
 # Every process holds the whole model and all features, draws the same randomness, and takes its
-# share of each batch. What they learn is added up, gradients and code counts alike, so that all of
-# them take the same step. Process 0 alone writes and prints. DistributedDataParallel would average
-# gradients, which is wrong where shares are uneven, and knows nothing of code counts.
+# share of each batch. Gradients and code counts are added up, so that all take the same step.
+# Process 0 alone writes and prints. DistributedDataParallel would average gradients, which is
+# wrong where shares are uneven, and knows nothing of code counts.
 
 def processes() -> tuple[int, int]:
     """This process's number, and how many there are."""
@@ -331,8 +331,7 @@ def load_checkpoint(path: Path) -> dict:
 def load_finished(folder: Path, option: str = "--run") -> dict:
     """The checkpoint of a run whose training is finished."""
     if not (folder / "checkpoint.pt").exists():
-        raise InputError(f"{option} {folder}: holds no checkpoint.pt; train one with `python "
-                         "ladmim.py train`")
+        raise InputError(f"{option} {folder}: holds no checkpoint.pt; name a run of `train`")
     state = load_checkpoint(folder / "checkpoint.pt")
     if state["stage"] != "done":
         raise InputError(f"{option} {folder}: its training is not finished; run the same train "
@@ -387,6 +386,21 @@ def lock(folder: Path):
     return file
 
 
+def begun_state(job: Job, defaults: dict) -> dict | None:
+    """What the checkpoint in the job's folder holds, None where there is none. Raises InputError
+    where it is of a run with other settings. defaults: values of settings that came later."""
+    file = job.out / "checkpoint.pt"
+    if not file.exists():
+        return None
+    state = load_checkpoint(file)
+    held = defaults | state["config"]
+    for name, value in job.config().items():
+        if name not in NOT_SETTINGS and held.get(name) != value:
+            raise InputError(f"{job.out}: holds a run with {name} = {held.get(name)}, asked for "
+                             f"{value}; choose another --out or delete the folder")
+    return state
+
+
 class Run:
     """A run's folder, and `state`, what its checkpoint holds. The stages are "" (nothing is
     trained), "hvq" and "mim" (in training; `epoch` of it are done) and "done" (trained and scored).
@@ -395,25 +409,16 @@ class Run:
     FINISHED = {"hvq": ("hvq taken", "taken whole", "mim", "done"), "mim": ("taken whole", "done")}
 
     def __init__(self, job: Job, defaults: dict, save_every: float = 60.0):
-        """A folder that holds a run is gone on with if its settings agree. defaults: values of
-        settings that came after it was begun. save_every: seconds."""
-        folder, config = job.out, job.config()
-        self.folder, self.seed, self.save_every = folder, job.seed, save_every
+        """Makes the folder, or goes on with the run that it holds. save_every: seconds."""
+        self.folder, self.seed, self.save_every = job.out, job.seed, save_every
         self.saved, self.asked_to_stop = time.monotonic(), False
         self.writes = processes()[0] == 0
-        self.lock = lock(folder) if self.writes else None
-        self.state = {"format": FORMAT, "config": config, "stage": "", "epoch": 0, "metrics": []}
-        begun = (folder / "checkpoint.pt").exists()
-        if begun:
-            self.state = load_checkpoint(folder / "checkpoint.pt")
-            held = defaults | self.state["config"]
-            for name, value in config.items():
-                if name not in NOT_SETTINGS and held.get(name) != value:
-                    raise InputError(f"{folder}: holds a run with {name} = {held.get(name)}, asked "
-                                     f"for {value}; choose another --out or delete the folder")
-        if self.writes and not (begun and (folder / "config.json").exists()):
-            text = json.dumps(self.state["config"], indent=1) + "\n"
-            write_whole(folder / "config.json", text.encode())
+        self.lock = lock(self.folder) if self.writes else None
+        begun, file = begun_state(job, defaults), self.folder / "config.json"
+        self.state = begun or {"format": FORMAT, "config": job.config(), "stage": "", "epoch": 0,
+                               "metrics": []}
+        if self.writes and not (begun and file.exists()):
+            write_whole(file, (json.dumps(self.state["config"], indent=1) + "\n").encode())
         self.write_metrics()
 
     def save(self, **news):
