@@ -46,8 +46,8 @@ from runs import Job, Progress, Run, add_up, in_precision, processes, seeded, sh
 @dataclass
 class Config:
     """Every setting of a run; each is an option of `train`. The defaults are the `paper` preset.
-    In brackets, where a value comes from: the paper (§4.2 where no other place is named), the
-    published code, HVQ-Trans or EfficientAD, or ours where these are silent."""
+    In brackets, where a value comes from, if it is not the paper's text: LADMIM's published code
+    (SkyShunsuke/LADMIM), HVQ-Trans's (TSTB-dev/HVQ-Trans), or ours, where all are silent."""
     image_size: int = 224              # pixels a side, whatever shape a photo has
     grid: int = 24                     # tokens a side; N = grid ** 2
     pdn: str = "weights/pdn_small.pt"  # file of PDN weights, or "random" as the control [ours]
@@ -55,13 +55,13 @@ class Config:
 
     levels: int = 4                    # L
     codes: int = 512                   # K
-    code_dim: int = 64                 # dq [ours]
+    code_dim: int = 64                 # dq [published code]
     hvq_width: int = 256               # d [ours]
     hvq_heads: int = 8                 # [HVQ-Trans]
     hvq_dropout: float = 0.1           # [HVQ-Trans]
     codebook: str = "gradient"         # equation 7; "ema" [HVQ-Trans]
     ema_decay: float = 0.99            # [HVQ-Trans]
-    commitment: float = 0.25           # weight of equation 7's commitment term [VQ-VAE]
+    commitment: float = 0.25           # weight of equation 7's commitment term [HVQ-Trans]
     hvq_epochs: int = 1000
     hvq_batch: int = 16
     hvq_lr: float = 1e-4
@@ -69,7 +69,7 @@ class Config:
     hvq_clip: float = 0.1              # of the gradient's norm [HVQ-Trans]
     hvq_drop: float = 0.1              # factor of the learning rate ... [HVQ-Trans]
     hvq_drop_at: float = 0.8           # ... after this share of the epochs [HVQ-Trans]
-    hvq_score: str = "mean"            # §3.3; the published code's is nearer to "max"
+    hvq_score: str = "mean"            # [HVQ-Trans: nearer to "max"]
 
     mim_width: int = 512
     mim_blocks: int = 4
@@ -82,7 +82,7 @@ class Config:
     mim_last_lr: float = 1e-6          # where the cosine ends
     mim_weight_decay: float = 1e-6
     mim_clip: float = 1.0              # [published code]
-    mim_score: str = "mean"            # §3.3
+    mim_score: str = "mean"
 
     mask: str = "block"
     train_ratio: float = 130 / 576     # share of the tokens that a training mask hides
