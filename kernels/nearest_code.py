@@ -46,14 +46,6 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     return _nearest_code(x.detach(), codebook.detach())
 
 
-def nearest_code_reference(x, codebook) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition, in float64 and with all T K D differences in memory: for tests."""
-    distance = (x.double()[:, None] - codebook.double()[None]).square().sum(2)  # (T, K)
-    nearest, index = distance.nan_to_num(nan=torch.inf).min(1)
-    failed = ~x.isfinite().all(1) | nearest.isinf()
-    return index.masked_fill(failed, -1), nearest.masked_fill(failed, torch.nan).float()
-
-
 @torch.library.custom_op("ladmim::nearest_code", mutates_args=())
 def _nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x, codebook = x.contiguous(), codebook.contiguous()
@@ -119,8 +111,9 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
         index[span] = member * G + group
         distance[span] = _squared_distance(block, codes, index[span])
     for again in doubtful.nonzero().squeeze(1).split(R):
-        index[again] = _redo_rows(x[again].double(), codes.double())
-        distance[again] = _squared_distance(x[again].float(), codes, index[again])
+        block = x[again].float()
+        index[again] = _redo_rows(block, codes)
+        distance[again] = _squared_distance(block, codes, index[again])
     return index, distance
 
 
@@ -137,28 +130,12 @@ def _best_two(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def _redo_rows(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """x (R, D), codes (K, D), float64 -> nearest code (R,), -1: NaN or inf in x or in all codes."""
-    # The same in float64. What is then still in doubt, mostly ties, is compared by its differences.
-    centre = codes.mean(0)
-    shifted, centred = x - centre, codes - centre
-    square = centred.square().sum(1)
-    score = shifted @ centred.T - square / 2
-    longest = square.max().sqrt()
-    length = torch.linalg.vector_norm(shifted, dim=1)
-    error = (len(centre) + 8) * 2.0**-53 * longest * (length + longest)
-    lowest = (score.amax(1) - 2 * error)[:, None]
-    candidate = ~(score < lowest) & x.isfinite().all(1)[:, None]
-    row, code = candidate.nonzero(as_tuple=True)
-    distance = x.new_empty(len(row))
-    step = max(1, 2**16 // len(centre))
-    for i in range(0, len(row), step):
-        squared = (x[row[i:i + step]] - codes[code[i:i + step]]).square_().sum(1)
-        distance[i:i + step] = squared.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    nearest = distance.new_full((len(x),), torch.inf).scatter_reduce_(0, row, distance, "amin")
-    # Sums of equal terms may differ in their last bits: 1e-12 is a tie, and the lowest index wins.
-    tied = distance.isfinite() & (distance <= nearest[row] * (1 + 1e-12))
-    index = code.new_full((len(x),), len(codes)).scatter_reduce_(0, row[tied], code[tied], "amin")
-    return index.masked_fill_(index == len(codes), -1)
+    """x (R, D), codes (K, D) -> nearest code (R,) by float64 differences, -1: NaN or inf in x or in
+    all codes."""
+    distance = torch.cdist(x.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    distance.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    failed = distance.amin(1).isinf() | ~x.isfinite().all(1)
+    return distance.argmin(1).masked_fill_(failed, -1)      # of equal ones the first
 
 
 # ---- Triton: _prepare rounds the codebook, _scan finds the sure rows, _redo does the doubtful ones

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import histogram_l1, nearest_code
 from kernels.histogram_l1 import _histogram_l1, histogram_l1_reference
-from kernels.nearest_code import _nearest_code, _torch_path, nearest_code_reference
+from kernels.nearest_code import _nearest_code, _torch_path
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("LADMIM_KERNELS") == "triton" and not torch.cuda.is_available()
@@ -34,6 +34,14 @@ def one_thread():
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def nearest_code_reference(x, codebook):
+    """The definition, in float64 and with all T K D differences in memory."""
+    distance = (x.double()[:, None] - codebook.double()[None]).square().sum(2)  # (T, K)
+    nearest, index = distance.nan_to_num(nan=torch.inf).min(1)
+    failed = ~x.isfinite().all(1) | nearest.isinf()
+    return index.masked_fill(failed, -1), nearest.masked_fill(failed, torch.nan).float()
 
 
 def check(x, codebook):
