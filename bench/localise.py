@@ -2,8 +2,6 @@
 
     python bench/localise.py                        every run under runs/
     python bench/localise.py RUN_OR_FOLDER ...      these only
-    python bench/localise.py RUN --maps DIR         writes each test photo's map as a TIFF instead,
-                                                    for MVTec's own evaluation scripts
 
 Reads each run's maps.npz and the data set's ground-truth masks.
 """
@@ -14,7 +12,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -194,42 +191,16 @@ def localisation_tables(found: list[dict]) -> list[tuple]:
     return tables
 
 
-def write_maps(runs: list[Path], folder: Path) -> int:
-    """folder/CATEGORY/test/KIND/NAME.tiff of one run, float32, at the photo's size."""
-    if len(runs) > 1:
-        raise InputError(f"--maps {folder}: takes one run of these {len(runs)}; name it")
-    scored = evaluation.read_run(runs[0])
-    for category in sorted(set(scored.category.tolist())):
-        root, photos, maps = tested_photos(scored, category)
-        if folder.resolve() == root.resolve():
-            raise InputError(f"--maps {folder}: holds the photos themselves; name another folder")
-        for photo in photos:
-            height, width = data.open_image(photo.path).size[::-1]
-            heat = place(maps[photo.path]["sum"], scored.config["image_size"], height, width)
-            file = folder / category / "test" / photo.kind / f"{photo.path.stem}.tiff"
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(heat).save(file)
-            except OSError as error:
-                raise InputError(f"--maps {folder}: cannot be written ({error.strerror}); "
-                                 "name another folder") from None
-    return 0
-
-
 # Command line
 
 def parse(argv):
     parser = data.Parser(prog="bench/localise.py", description="Pixel AUROC, AUPRO and sPRO of "
                          "trained runs, against the ground-truth masks; some seconds a run.")
     evaluation.add_runs(parser)
-    parser.add_argument("--maps", type=Path, metavar="DIR",
-                        help="write each test photo's anomaly map of one run there instead")
     return parser.parse_args(argv)
 
 
 def print_tables(args) -> int:
-    if args.maps:
-        return write_maps(evaluation.chosen_runs(args), args.maps)
     found, problems = evaluation.each_record(args, records_of)
     return evaluation.publish("localise", args, localisation_tables(found), found, problems)
 

@@ -4,8 +4,8 @@
     python bench/report.py RUN_OR_FOLDER ... --out FILE
 
 The file has no scripts and asks for nothing from elsewhere. Of each category it shows the run with
-the lowest seed: score histograms, every test photo with both maps, and the worst mistakes with the
-mask that saw most and its histograms (the paper's Figure 5).
+the lowest seed: every test photo with both maps, and the worst mistakes with the mask that saw most
+and its histograms (the paper's Figure 5).
 """
 from __future__ import annotations
 
@@ -31,12 +31,11 @@ from data import InputError  # noqa: E402
 
 MARK = "<!-- made by LADMIM's "
 PAGE = Path(__file__).with_suffix(".html")           # the page without its content
-INK, PAPER = "#d8dce2", "#1d2026"
-BLUE, ORANGE, RED = "#6aa5f0", "#f0a850", "#ff6b5e"
+BLUE, ORANGE, PAPER = "#6aa5f0", "#f0a850", "#1d2026"
 SIDE = 128                                           # pixels of a thumbnail
 
 
-# HTML
+# Parts of the page
 
 def picture(image: Image.Image, words: str, kind: str = "png") -> str:
     content = io.BytesIO()
@@ -65,39 +64,11 @@ def html_table(title: str, header: list, rows: list) -> str:
             f'<div class="wide"><table>{"".join(lines)}</table></div>')
 
 
-# Plots
-
-def canvas(width: int, height: int):
-    image = Image.new("RGB", (width, height), PAPER)
-    return image, ImageDraw.Draw(image), ImageFont.load_default(13)
-
-
-def score_plot(groups: dict, threshold: float) -> Image.Image:
-    """groups: name -> scores; a row of bars each, the threshold a line through them.
-
-    The axis is asinh: even near 0, where normals lie, logarithmic beyond. So anomalies a thousand
-    standard deviations away leave the normals their place.
-    """
-    image, draw, font = canvas(340, 30 + 80 * len(groups))
-    everything = np.arcsinh(np.concatenate([*groups.values(), [threshold]]))
-    edges = np.linspace(everything.min(), everything.max() + 1e-9, 41)
-    at = 10 + 320 * (np.arcsinh(threshold) - edges[0]) / (edges[-1] - edges[0])
-    for row, (name, scores) in enumerate(groups.items()):
-        count, _ = np.histogram(np.arcsinh(scores), edges)
-        bottom, colour = 85 + 80 * row, BLUE if "good" in name else ORANGE
-        for i in np.flatnonzero(count):
-            top = bottom - 55 * count[i] / count.max()
-            draw.rectangle((10 + 8 * i, top, 16 + 8 * i, bottom), colour)
-        draw.text((10, bottom - 76), name, INK, font)
-        draw.line((at, bottom - 57, at, bottom), RED, 2)
-    draw.text((min(at + 4, 250), image.height - 18), f"threshold {threshold:.1f}", RED, font)
-    return image
-
-
 def histogram_plot(p, q) -> Image.Image:
     """p, q (L, K): predicted and actual histogram of a masked region. Of each level the 16 codes
     that matter most."""
-    image, draw, font = canvas(340, 24 + 62 * len(p))
+    image = Image.new("RGB", (340, 24 + 62 * len(p)), PAPER)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     draw.text((6, 3), "predicted", BLUE, font)
     draw.text((80, 3), f"actual, codes of levels 1 to {len(p)} downwards", ORANGE, font)
     highest = max(p.max(), q.max())
@@ -126,23 +97,17 @@ class Judged:
         return data.open_image(self.path).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
-def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], float, str]:
-    """The category's test photos, the highest score first; the threshold; score histograms."""
+def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], float]:
+    """The category's test photos, the highest score first; the threshold."""
     root, photos, maps = tested_photos(scored, category)
-    total, test, normals = evaluation.total_scores(scored, category)
+    total, _, normals = evaluation.total_scores(scored, category)
     threshold, judged = evaluation.threshold(total[normals]), []
     score = {root / path: value for path, value in zip(scored.path, total)}
     for photo in photos:
         value, name = score[photo.path], f"{photo.kind}/{photo.path.name}"
         judged.append(Judged(photo.path, name, photo.label, value, value > threshold,
                              maps[photo.path]))
-    judged.sort(key=lambda photo: -photo.score)
-    groups = {"validation, good": total[normals]}
-    for kind in sorted(set(scored.kind[test])):
-        groups[f"test, {kind}"] = total[test & (scored.kind == kind)]
-    words = (f"scores, asinh scale; the threshold is the {evaluation.PERCENTILE}th percentile of "
-             "the validation normals")
-    return judged, threshold, figure([picture(score_plot(groups, threshold), "scores")], words)
+    return sorted(judged, key=lambda photo: -photo.score), threshold
 
 
 def card(photo: Judged, rank: int, image_size: int) -> str:
@@ -192,11 +157,10 @@ def mistakes(detector: ladmim.Detector, judged: list[Judged], threshold: float) 
 
 @torch.inference_mode()
 def category_section(scored: evaluation.ScoredRun, category: str) -> str:
-    judged, threshold, scores = judge(scored, category)
+    judged, threshold = judge(scored, category)
     detector = ladmim.load_detector(scored.folder, category, torch.device("cpu"))
     cards = [card(photo, rank, detector.cfg.image_size) for rank, photo in enumerate(judged, 1)]
-    return (f"<h3>Scores</h3>{grid([scores])}"
-            f"<h3>Worst mistakes</h3>{grid(mistakes(detector, judged, threshold))}"
+    return (f"<h3>Worst mistakes</h3>{grid(mistakes(detector, judged, threshold))}"
             f"<details><summary>All {len(judged)} test photos by score: photo, structural map, "
             f"logical map; wrong verdicts framed</summary>{grid(cards)}</details>")
 

@@ -159,25 +159,22 @@ def call(monkeypatch, capsys, root, *args):
     return code, *capsys.readouterr()
 
 
-def test_the_table_and_the_tiffs_agree(run, monkeypatch, capsys):
-    """What MVTec's scripts would read from the TIFFs gives the figures of the table."""
+def test_the_table_and_the_maps_agree(run, monkeypatch, capsys):
+    """Both maps' sum, at the photos' size, gives the figures of the table."""
     code, out, err = call(monkeypatch, capsys, run)
     assert code == 0, err
     rows = lines_of(out, "localisation")
-    code, out, err = call(monkeypatch, capsys, run, "--maps", "maps")
-    assert (code, out) == (0, ""), err
     photos = [p for p in data.find_photos(run / "twin", "juice_bottle", 0) if p.split == "test"]
     defects = data.load_defects(run / "twin", "juice_bottle")
 
     def stream(kind):
         for photo in photos:
             if photo.kind in ("good", kind):
-                file = run / "maps/juice_bottle/test" / photo.kind / f"{photo.path.stem}.tiff"
-                with Image.open(file) as tiff:
-                    assert tiff.mode == "F" and tiff.size == (96, 96)
-                    yield np.asarray(tiff), data.load_regions(photo, defects)
+                tokens = maps[photo.path.relative_to(run / "twin").as_posix()]["sum"]
+                yield place(tokens, 64, 96, 96), data.load_regions(photo, defects)
 
     scored = evaluation.read_run(run / "runs" / "a")
+    maps = evaluation.read_maps(scored)
     mine = localise.localise(scored, "juice_bottle")
     records = json.loads((run / "runs/localise.json").read_text())["records"]
     for kind, name in evaluation.LOCO_KINDS.items():
@@ -248,9 +245,8 @@ def test_seeds_are_one_row(two, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--maps", "other"], "takes one run of these 2"), (["runs/a", "--maps", "twin-a"], "photos"),
-    (["runs/a", "--maps", "runs/a/scores.csv"], "cannot be written"), (["none"], "no such folder"),
-    (["--json", "runs/a/config.json"], "config.json"), (["--localise"], "--localise")])
+    (["none"], "no such folder"), (["--json", "runs/a/config.json"], "config.json"),
+    (["--localise"], "--localise")])
 def test_a_wrong_option_is_one_line(two, monkeypatch, capsys, arguments, word):
     before = sorted(two.rglob("*"))
     code, out, err = call(monkeypatch, capsys, two, *arguments)

@@ -349,8 +349,7 @@ def wrong_options_of_the_other_commands():
                       ("--json", "run/scores.csv", "run"), ("--maps", "maps", "run"),
                       ("--wrong",), ("run", "--json", "photos")):
         yield evaluation, arguments
-    for arguments in (("none",), ("photos",), ("--maps", "run/scores.csv", "run"),
-                      ("--maps", "photos", "run"), ("--wrong",)):
+    for arguments in (("none",), ("photos",), ("--wrong",)):
         yield localise, arguments
 
 
