@@ -21,7 +21,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +32,14 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import runs
-import whitened
+import scores
 from backbone import (PATCH, Features, load_data_set, load_pdn, look, pdn_from_state, positions,
                       save_heatmap)
 from data import InputError
 from kernels import histogram_l1, nearest_code
+from published import PublishedHVQ
 from runs import Job, Progress, Run, add_up, in_precision, processes, seeded, share
+from scores import HVQ_SCORES, MIM_SCORES
 
 
 # Settings
@@ -53,6 +54,7 @@ class Config:
     pdn: str = "weights/pdn_small.pt"  # file of PDN weights, or "random" as the control [ours]
     precision: str = "fp32"            # of both models' products; codes are searched in fp32 [ours]
 
+    tokenizer: str = "paper"           # or "published": `published.PublishedHVQ`
     levels: int = 4                    # L
     codes: int = 512                   # K
     code_dim: int = 64                 # dq [published code]
@@ -74,7 +76,8 @@ class Config:
     mim_width: int = 512
     mim_blocks: int = 4
     mim_heads: int = 8
-    mim_dropout: float = 0.1           # of the attention weights [published code]
+    mim_dropout: float = 0.1           # [published code: of the attention weights]
+    mim_layer_scale: float = 0.0       # [published code: 1e-4]
     mim_epochs: int = 500
     mim_warmup: int = 40               # epochs
     mim_batch: int = 32
@@ -95,21 +98,24 @@ class Config:
 
 PRESETS = {
     "paper": {},
+    "authors": dict(                   # as their code has it, `published.py`
+        tokenizer="published", codebook="ema", hvq_width=64, hvq_batch=8, hvq_score="norm",
+        mim_epochs=1000, mim_layer_scale=1e-4),
     "fast": dict(                      # the same model, a shorter schedule: one GPU, minutes
         hvq_epochs=200, hvq_lr=4e-4, hvq_score="max", mim_epochs=150, mim_warmup=10, mim_lr=3e-4),
     "tiny": dict(                      # a smaller model: two CPU cores, minutes
         grid=12, codes=32, code_dim=32, codebook="ema", hvq_width=128, hvq_heads=4, hvq_dropout=0.0,
-        hvq_epochs=40, hvq_batch=4, hvq_lr=1e-3, hvq_score="whitened", mim_width=192, mim_blocks=3,
-        mim_heads=4, mim_dropout=0.0, mim_epochs=50, mim_warmup=3, mim_batch=8, mim_lr=1e-3,
-        mim_score="whitened", masks=32, score_ratio=130 / 576, score_block=46 / 576),
+        hvq_epochs=40, hvq_batch=4, hvq_lr=1e-3, hvq_score="deviations", mim_width=192,
+        mim_blocks=3, mim_heads=4, mim_dropout=0.0, mim_epochs=50, mim_warmup=3, mim_batch=8,
+        mim_lr=1e-3, mim_score="whitened", masks=32, score_ratio=130 / 576, score_block=46 / 576),
 }
 
 # Transformer blocks
 
 class Attention(nn.Module):
-    def __init__(self, width, heads, dropout):
+    def __init__(self, width, heads):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
@@ -117,8 +123,7 @@ class Attention(nn.Module):
         """x (B, n, d) asks, context (B, m, d) answers -> (B, n, d)."""
         k, v = self.kv(context).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k, v))
-        dropout = self.dropout if self.training else 0.0             # q (B, heads, n, d / heads)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        y = F.scaled_dot_product_attention(q, k, v)                  # (B, heads, n, d / heads)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -128,21 +133,24 @@ def feed_forward(width):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. attention_dropout acts on the attention weights, dropout on each
-    residual branch."""
+    """Pre-norm transformer block. Dropout acts on each residual branch: on attention weights it
+    would write all N x N of them, for every head, and cost a CPU five times the step."""
 
-    def __init__(self, width, heads, attention_dropout=0.0, dropout=0.0):
+    def __init__(self, width, heads, dropout, layer_scale=0.0):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, attention_dropout)
+        self.attention = Attention(width, heads)
+        # LayerScale: each branch starts with this share of its output. 0: there is none.
+        self.scale = (nn.Parameter(torch.full((2, width), layer_scale)) if layer_scale
+                      else (1.0, 1.0))
         self.ffn, self.drop = feed_forward(width), nn.Dropout(dropout)
 
     def forward(self, x, first: int | None = None):
         """x (B, N, d) -> (B, N, d). With `first` = n, keys and values come from all tokens, but
         only the first n tokens ask and leave the block: the full output's (B, n, d)."""
         y = self.norm(x)
-        x = x[:, :first] + self.drop(self.attention(y[:, :first], y))
-        return x + self.drop(self.ffn(x))
+        x = x[:, :first] + self.scale[0] * self.drop(self.attention(y[:, :first], y))
+        return x + self.scale[1] * self.drop(self.ffn(x))
 
 
 class DecoderBlock(nn.Module):
@@ -150,8 +158,8 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, width, heads, dropout):
         super().__init__()
-        self.norm1, self.self_attention = nn.LayerNorm(width), Attention(width, heads, dropout)
-        self.norm2, self.cross_attention = nn.LayerNorm(width), Attention(width, heads, dropout)
+        self.norm1, self.self_attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2, self.cross_attention = nn.LayerNorm(width), Attention(width, heads)
         self.ffn, self.drop = feed_forward(width), nn.Dropout(dropout)
 
     def forward(self, x, z):
@@ -175,7 +183,7 @@ class HVQ(nn.Module):
         self.ema, self.ema_decay = cfg.codebook == "ema", cfg.ema_decay
         self.embed = nn.Linear(d0, d)
         self.positions = nn.Parameter(0.02 * torch.randn(n, d))
-        self.encoder = nn.ModuleList(Block(d, heads, drop, drop) for _ in range(levels))
+        self.encoder = nn.ModuleList(Block(d, heads, drop) for _ in range(levels))
         # The top level sees h^L, every other one h^l and z^L.
         seen = [d + dq] * (levels - 1) + [d]
         self.psi = nn.ModuleList(nn.Linear(width, dq) for width in seen)
@@ -289,11 +297,16 @@ class HVQ(nn.Module):
                 codes.copy_(torch.where(dead[:, None], flat[pick], codes))
             count.copy_(torch.where(dead, torch.ones_like(count), count))
 
-    def health(self):
-        """Codes in use and perplexity exp(entropy) of each level this epoch: two lists of L."""
-        p = self.used / self.used.sum(1, keepdim=True).clamp(min=1)
-        perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum(1))
-        return (self.used > 0).sum(1).tolist(), [round(v, 1) for v in perplexity.tolist()]
+
+def usage(used: torch.Tensor):
+    """used (L, K), how often each code was used. -> codes in use and perplexity exp(entropy) of
+    each level: two lists of L."""
+    p = used / used.sum(1, keepdim=True).clamp(min=1)
+    perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum(1))
+    return (used > 0).sum(1).tolist(), [round(v, 1) for v in perplexity.tolist()]
+
+
+TOKENIZERS = {"paper": HVQ, "published": PublishedHVQ}
 
 
 # Masks
@@ -365,8 +378,9 @@ class ViT(nn.Module):
         self.e = nn.Parameter(torch.zeros(width))                    # stands for a masked token
         self.p = nn.Parameter(torch.zeros(width))                    # prediction token
         self.positions = nn.Parameter(0.02 * torch.randn(cfg.grid ** 2 + 1, width))
-        self.blocks = nn.ModuleList(Block(width, cfg.mim_heads, cfg.mim_dropout)
-                                    for _ in range(cfg.mim_blocks))
+        self.blocks = nn.ModuleList(
+            Block(width, cfg.mim_heads, cfg.mim_dropout, cfg.mim_layer_scale)
+            for _ in range(cfg.mim_blocks))
         self.target, outputs = cfg.target, TARGETS[cfg.target][0](cfg, d0)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
 
@@ -442,10 +456,11 @@ def descend(optimizer, loss, mine, batch, clip: float):
 def train_hvq(run: Run, cfg: Config, photos: Features, n: int) -> HVQ:
     """Trains HVQ-Trans on the first n photos, by equation 7."""
     torch.manual_seed(run.seed)
-    hvq = HVQ(cfg, len(photos.mean)).to(photos.device)
+    hvq = TOKENIZERS[cfg.tokenizer](cfg, len(photos.mean)).to(photos.device)
     if run.has_trained("hvq", hvq):
         return hvq
-    if not run.state["stage"]:
+    revival = cfg.tokenizer == "paper"
+    if revival and not run.state["stage"]:
         rng = seeded(run.seed, "codebooks")
         hvq.start_codebooks(photos.h0(torch.randperm(n, generator=rng)[:64]), rng)
     optimizer = adamw(hvq, cfg.hvq_lr, cfg.hvq_weight_decay)
@@ -463,12 +478,12 @@ def train_hvq(run: Run, cfg: Config, photos: Features, n: int) -> HVQ:
                     loss = hvq.loss(photos.h0(mine))
                 total += descend(optimizer, loss, mine, batch, cfg.hvq_clip)
             loss = run.mean_loss("hvq", epoch, total, n)
-            used, perplexity = hvq.health()
-            if 1 in used and cfg.codes > 1:          # its histogram is the same for every mask
+            used, perplexity = usage(hvq.used)
+            if revival and 1 in used and cfg.codes > 1:      # all its histograms are the same
                 raise InputError(f"hvq training: level {used.index(1) + 1} uses one code in epoch "
                                  f"{epoch + 1}; the last good checkpoint is kept; try --codebook "
                                  "ema, a smaller --hvq-lr or more training photos")
-            if epoch < drop - 1:                     # later, a new code could not settle any more
+            if revival and epoch < drop - 1:         # later, a new code could not settle any more
                 rng = seeded(run.seed, "revive", epoch)
                 hvq.revive(photos.h0(torch.randperm(n, generator=rng)[:cfg.hvq_batch]), rng)
             hvq.used.zero_()
@@ -524,7 +539,7 @@ class Errors:
     """Where both models fail on B photos."""
     residual: torch.Tensor             # (B, N, d0) h0 minus what HVQ-Trans rebuilds
     l1: torch.Tensor                   # (B, M) each mask's error, `mim_error`
-    histogram: torch.Tensor            # (B, L, K) mean of predicted minus actual; else zeros
+    histogram: torch.Tensor            # (B, M, L, K) predicted minus actual; else empty
 
 
 @torch.inference_mode()
@@ -534,51 +549,21 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, budget: int 
     budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
     width = max(cfg.mim_width, 0 if cfg.target == "histogram" else mim.head.out_features)
     step = max(1, budget // (len(h0) * h0.shape[1] * width * 4))     # masks at once
-    histogram = h0.new_zeros(len(h0), cfg.levels, cfg.codes)
+    histogram = []                                   # kept only for a score that learns
     with in_precision(cfg.precision, h0.device):
         rebuilt, codes = hvq(h0)
         codes, l1 = codes.to(torch.int16), []
-        if cfg.target == "histogram":                # a token's share in the masks' mean histogram
-            part = (masks / masks.sum(1, keepdim=True)).mean(0).expand(codes.shape)
-            histogram.scatter_add_(2, codes.long(), -part)
         for some in masks.split(step):
             output = mim(h0, some)
             l1.append(mim_error(mim, output, h0, some, codes, pixels))
-            if cfg.target == "histogram":
-                histogram += output.softmax(-1).sum(1) / len(masks)
+            if MIM_SCORES[cfg.mim_score].learn:
+                actual = scores.histograms(codes, some, cfg.codes)
+                histogram.append(output.softmax(-1) - actual)
+    histogram = torch.cat(histogram, 1) if histogram else h0.new_zeros(0)
     return Errors(h0 - rebuilt, torch.cat(l1, 1), histogram)
 
 
-@dataclass(frozen=True)
-class Score:
-    """One way to make a score of errors. `kept` is what it needs of them, a tensor (B, ...), and
-    `normal` a dict of what it learned of normal photos."""
-    keep: Callable                     # Errors -> kept
-    judge: Callable                    # kept, normal -> score (B,); of HVQ-Trans also a map (B, N)
-    learn: Callable | None = None      # kept of training, of validation normals -> normal
-
-
-def squared_error(errors: Errors) -> torch.Tensor:
-    return errors.residual.square().mean(-1)                         # (B, N)
-
-
-def largest_3x3(error: torch.Tensor, normal: dict):
-    """The largest mean over 3x3 tokens: a broken part is not diluted by all that is whole."""
-    square = error.unflatten(1, (math.isqrt(error.shape[1]), -1))[:, None]
-    smooth = F.avg_pool2d(square, 3, 1, 1, count_include_pad=False)
-    return smooth.flatten(1).amax(1), error
-
-
-HVQ_SCORES = {
-    "mean": Score(squared_error, lambda error, normal: (error.mean(1), error)),
-    "max": Score(squared_error, largest_3x3),
-    "whitened": Score(lambda errors: errors.residual, whitened.judge_residuals,
-                      whitened.learn_residuals)}
-MIM_SCORES = {
-    "mean": Score(lambda errors: errors.l1, lambda l1, normal: l1.mean(1)),
-    "whitened": Score(lambda errors: errors.histogram, whitened.judge_histograms,
-                      whitened.learn_histograms)}
-OPTIONS = {"precision": ("fp32", "bf16"), "codebook": ("gradient", "ema"),
+OPTIONS = {"tokenizer": TOKENIZERS, "precision": ("fp32", "bf16"), "codebook": ("gradient", "ema"),
            "mask": MASKS, "target": TARGETS, "hvq_score": HVQ_SCORES, "mim_score": MIM_SCORES}
 
 
@@ -610,9 +595,9 @@ def learn_normal(cfg: Config, train, validation, masks) -> dict:
     """What is normal in one category. train, validation: `kept_errors` of its normal photos; test
     photos play no part. Mean and std of both scores and maps, the threshold of the final score,
     and what the scores themselves learn."""
-    normal, scores = {}, (HVQ_SCORES[cfg.hvq_score], MIM_SCORES[cfg.mim_score])
-    for score, of_train, of_validation in zip(scores, train, validation):
-        normal |= score.learn(of_train, of_validation) if score.learn else {}
+    normal, chosen = {}, (HVQ_SCORES[cfg.hvq_score], MIM_SCORES[cfg.mim_score])
+    for score, of_train in zip(chosen, train):
+        normal |= score.learn(of_train) if score.learn else {}
     judged = judge(cfg, validation, masks, normal)
     for name, values in judged.items():
         normal[name] = evaluation.moments(values.double().numpy())
@@ -662,8 +647,8 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
         judged = judge(cfg, [part[tested] for part in kept], masks, normal)
         judged = {name: values.double() for name, values in judged.items()}
         s = standardise(normal, judged)
-        scores = torch.stack([judged["hvq"], judged["mim"], s["score"]], 1).tolist()
-        rows += [(photos[i], values) for i, values in zip(tested, scores)]
+        values = torch.stack([judged["hvq"], judged["mim"], s["score"]], 1).tolist()
+        rows += [(photos[i], three) for i, three in zip(tested, values)]
         maps.append(torch.stack([s["hvq_map"], s["mim_map"]], 1))    # (n, 2, N)
     if run.writes:
         maps = torch.cat(maps).unflatten(2, (cfg.grid, cfg.grid)).float().numpy()
@@ -745,7 +730,7 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     cfg = Config(**{field.name: state["config"][field.name] for field in dataclasses.fields(Config)
                     if field.name in state["config"]})
     pdn, _ = pdn_from_state(state["pdn"], str(folder))
-    hvq, mim = HVQ(cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
+    hvq, mim = TOKENIZERS[cfg.tokenizer](cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
     hvq.load_state_dict(state["hvq"])
     mim.load_state_dict(state["mim"])
     for model in (pdn, hvq, mim):

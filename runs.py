@@ -32,13 +32,13 @@ try:
 except ImportError:                      # Windows: two trainings in one folder are not kept apart
     fcntl = None
 
-FORMAT = 2                               # of checkpoint.pt
+FORMAT = 3                               # of checkpoint.pt
 NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two sittings of a run
 # What only the scores depend on, and what the ViT depends on, too: a run may take over the rest.
 SCORE_SETTINGS = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
-VIT_SETTINGS = {"mim_width", "mim_blocks", "mim_heads", "mim_dropout", "mim_epochs", "mim_warmup",
-                "mim_batch", "mim_lr", "mim_last_lr", "mim_weight_decay", "mim_clip", "mask",
-                "train_ratio", "train_block", "target"}
+VIT_SETTINGS = {"mim_width", "mim_blocks", "mim_heads", "mim_dropout", "mim_layer_scale",
+                "mim_epochs", "mim_warmup", "mim_batch", "mim_lr", "mim_last_lr",
+                "mim_weight_decay", "mim_clip", "mask", "train_ratio", "train_block", "target"}
 
 
 # Settings and options
@@ -175,6 +175,9 @@ def check_settings(cfg, options: dict, side: int):
           "--mask checkerboard needs a multiple of 12")
     check("mim_score", cfg.mim_score != "whitened" or cfg.target == "histogram",
           f"--target {cfg.target} has no histograms to measure; add --mim-score mean")
+    check("mim_score", cfg.mim_score != "whitened" or cfg.levels * cfg.codes <= 512,
+          f"holds a matrix a mask, so --levels times --codes may be at most 512, not "
+          f"{cfg.levels * cfg.codes}; choose --mim-score mean or fewer --codes")
 
 
 # Machine

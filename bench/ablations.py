@@ -32,18 +32,18 @@ for kind, share in itertools.product(("random", "block"), (0.2, 0.4, 0.6)):
     # Whatever share of the tokens a mask hides, its least block stays the same part of it.
     MASKS[f"{kind}-{share}"] = {"mask": kind, "train_ratio": share,
                                 "train_block": round(share * 46 / 130, 4)}
-MEAN, MAX = ({"hvq_score": score, "mim_score": "mean"} for score in ("mean", "max"))
-WHITENED = {"hvq_score": "whitened", "mim_score": "whitened"}
+FORMS = {f"HVQ {hvq}, MIM {mim}": {"hvq_score": hvq, "mim_score": mim}
+         for hvq, mim in (("mean", "mean"), ("max", "mean"), ("norm", "mean"),
+                          ("deviations", "mean"), ("deviations", "whitened"))}
+MEAN, MAX = FORMS["HVQ mean, MIM mean"], FORMS["HVQ max, MIM mean"]
 ABLATIONS = {
     "scoring": {"": {}}, "combine": TARGETS, "masking": MASKS, "target": TARGETS,
     "width": {f"{factor:g} times the preset's mim_width": {"mim_width": factor}
               for factor in (0.25, 0.5, 1, 2)},
     "multi": {"each alone": {}, "one model": {}},
-    "score": {"HVQ mean, MIM mean": MEAN, "HVQ max, MIM mean": MAX,
-              "HVQ whitened, MIM mean": {"hvq_score": "whitened", "mim_score": "mean"},
-              "both whitened": WHITENED,
-              "both whitened, masks of 230 of 576": {
-                  **WHITENED, "score_ratio": 230 / 576, "score_block": 92 / 576}},
+    "score": {**FORMS, "HVQ deviations, MIM whitened, masks of 230 of 576": {
+        **FORMS["HVQ deviations, MIM whitened"], "score_ratio": 230 / 576,
+        "score_block": 92 / 576}},
     "leak": {"HVQ mean": MEAN, "HVQ max": MAX}}
 # What each row shows: part of eval.py's record -> words behind the row's name.
 PARTS = {"scoring": evaluation.DETECTORS, "combine": {"mim": "MIM alone", "both": "and HVQ"}}

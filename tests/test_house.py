@@ -16,8 +16,9 @@ BELOW = {
     "eval": {"data"},
     "runs": {"data"},
     "backbone": {"data", "runs"},
-    "whitened": {"eval"},
-    "ladmim": {"backbone", "data", "eval", "kernels", "runs", "whitened"},
+    "scores": set(),
+    "published": {"kernels", "runs"},
+    "ladmim": {"backbone", "data", "eval", "kernels", "published", "runs", "scores"},
     "weights": {"backbone", "data", "runs"},
     "bench": {"backbone", "bench", "data", "eval", "kernels", "ladmim", "runs", "twin"},
     "kernels": {"kernels"},
@@ -75,7 +76,7 @@ def test_a_file_is_no_longer_and_no_wider_than_agreed(path):
 
 
 def test_the_product_is_no_longer_than_agreed():
-    assert sum(len(lines(path)) for path in PRODUCT) <= 6250
+    assert sum(len(lines(path)) for path in PRODUCT) <= 6300
 
 
 def test_imports_go_one_way():

@@ -127,23 +127,23 @@ def test_codebooks_start_from_data_and_dead_codes_revive():
         hvq.codebooks.fill_(1e3)
     hvq.start_codebooks(h0, seeded(0))
     hvq.loss(h0)
-    used, perplexity = hvq.health()
+    used, perplexity = ladmim.usage(hvq.used)
     assert min(used) >= 12 and all(1 <= p <= 16 for p in perplexity)
     with torch.no_grad():
         hvq.codebooks[1, 3:] = 1e3                   # out of reach
     hvq.used.zero_()
     hvq.loss(h0)
-    assert hvq.health()[0][1] <= 3
+    assert ladmim.usage(hvq.used)[0][1] <= 3
     hvq.revive(h0, seeded(1))
     hvq.used.zero_()
     hvq.loss(h0)
-    assert hvq.health()[0][1] >= 12
+    assert ladmim.usage(hvq.used)[0][1] >= 12
 
 
 def test_perplexity_against_its_definition():
     hvq, _ = models()
     hvq.used[0] = torch.tensor([3.0, 1.0] + [0.0] * 14)
-    used, perplexity = hvq.health()
+    used, perplexity = ladmim.usage(hvq.used)
     expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     assert used[0] == 2 and perplexity[0] == round(expected, 1)
 
@@ -298,7 +298,7 @@ def test_no_training_step_waits_for_a_gpu(codebook, target, tmp_path, monkeypatc
                         lambda weights, fused, **others: adam(weights, foreach=True, **others))
     monkeypatch.setattr(ladmim, "in_precision", lambda *args: contextlib.nullcontext())
     monkeypatch.setattr(HVQ, "start_codebooks", lambda *args: None)      # once a run: it may wait
-    monkeypatch.setattr(HVQ, "health", lambda hvq: ([2], [1.0]))
+    monkeypatch.setattr(ladmim, "usage", lambda used: ([2], [1.0]))
     monkeypatch.setattr(runs.Run, "save", lambda run, **news: None)
     cfg = dataclasses.replace(SMALL, levels=2, mim_blocks=2, codebook=codebook, target=target,
                               hvq_batch=4, mim_batch=4, hvq_epochs=2, mim_epochs=1)
@@ -367,16 +367,16 @@ def test_an_exploding_loss_keeps_the_last_good_checkpoint(photos, monkeypatch):
 
 
 def test_a_dead_codebook_is_caught_in_its_epoch(photos, monkeypatch):
-    real, calls = HVQ.health, []
+    real, calls = ladmim.usage, []
 
-    def die(self):
+    def die(used):
         calls.append(1)
         if len(calls) == 2:
-            self.used[2, 1:] = 0
-            self.used[2, 0] = 7
-        return real(self)
+            used[2, 1:] = 0
+            used[2, 0] = 7
+        return real(used)
 
-    monkeypatch.setattr(HVQ, "health", die)
+    monkeypatch.setattr(ladmim, "usage", die)
     result = command(*TRAIN, "--out", "run", cwd=photos)
     assert "level 3 uses one code in epoch 2" in one_error(result)
     assert len(errors_of(result)) == 1

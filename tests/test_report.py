@@ -16,7 +16,7 @@ from bench import report
 from twin.render import COUNTS, render
 
 SETTINGS = dict(grid=6, codes=8, code_dim=8, hvq_width=32, hvq_heads=2, mim_width=32, mim_heads=2,
-                mim_blocks=2, masks=4, hvq_epochs=2, mim_epochs=2, hvq_score="whitened",
+                mim_blocks=2, masks=4, hvq_epochs=2, mim_epochs=2, hvq_score="deviations",
                 mim_score="whitened", codebook="ema", hvq_batch=4)
 
 

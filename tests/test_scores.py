@@ -7,7 +7,7 @@ import torch
 from test_ladmim import SMALL, features, models
 
 import ladmim
-import whitened
+import scores
 from runs import seeded
 
 
@@ -38,65 +38,68 @@ def test_bf16_scores_stay_near():
         assert not torch.equal(whole[name], near[name])
 
 
-def squared_distance(gap, normal):
+def squared_distance(gap, matrix):
     """Of `whitening`'s result, from x less its mean."""
-    return (normal["matrix"].T @ gap).square().sum()
+    return (matrix.T @ gap).square().sum()
 
 
-def whitened_windows(residual, normal):
-    """residual (36, d0) -> S_HVQ, the tokens' distances."""
-    largest, square, tokens = [], residual.view(6, 6, -1), None
-    for side, at, (mean, std) in zip((1, 2, 6), normal["windows"], normal["largest"]):
-        far, places = [], range(7 - side)
-        for w, (i, j) in enumerate((i, j) for i in places for j in places):
-            gap = square[i:i + side, j:j + side].mean((0, 1)) - at["mean"][w]
-            of_mean, of_std = at["distance"][:, w]
-            far.append((squared_distance(gap, at) - of_mean) / of_std)
-        largest.append((max(far) - mean) / std)
-        tokens = torch.stack(far) if side == 1 else tokens
-    return max(largest), tokens
-
-
-def largest_mean_of_nine(error):
-    """error (36,); at the border there are fewer than nine tokens."""
+def means_of_nine(error):
+    """error (36,) -> (36,); at the border there are fewer than nine tokens."""
     square, means = error.view(6, 6), []
     for i in range(6):
         for j in range(6):
             means.append(square[max(0, i - 1):i + 2, max(0, j - 1):j + 2].mean())
-    return max(means)
+    return torch.stack(means)
+
+
+def largest_mean_of_16_pixels(norm):
+    """norm (36,) of 6x6 tokens, stretched to 224x224 pixels, corner on corner."""
+    at = np.linspace(0, 5, 224)
+    square = norm.detach().view(6, 6).numpy()
+    rows = np.stack([np.interp(at, range(6), column) for column in square.T])
+    pixels = np.stack([np.interp(at, range(6), row) for row in rows.T])
+    total = np.pad(pixels, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    means = (total[16:, 16:] - total[:-16, 16:] - total[16:, :-16] + total[:-16, :-16]) / 256
+    return torch.tensor(means.max(), dtype=torch.float)
 
 
 @pytest.mark.parametrize("budget", [0, 1])
-@pytest.mark.parametrize("hvq_score, mim_score", [("mean", "mean"), ("max", "mean"),
-                                                  ("mean", "whitened"), ("whitened", "whitened")])
+@pytest.mark.parametrize("hvq_score, mim_score", [
+    ("mean", "mean"), ("max", "mean"), ("norm", "mean"), ("mean", "whitened"),
+    ("deviations", "whitened")])
 def test_score_against_a_plain_loop(hvq_score, mim_score, budget):
     cfg = dataclasses.replace(SMALL, hvq_score=hvq_score, mim_score=mim_score)
     hvq, mim = models(cfg)
     h0, masks = features(2), ladmim.draw_masks(cfg, 5, seeded(0), scoring=True)
-    d0 = h0.shape[-1]
-    normal = {"windows": [whitened.whitening(torch.randn(20, n, d0)) for n in (36, 25, 1)],
-              "histograms": [whitened.whitening(torch.randn(20, 1, 16)) for _ in range(4)],
-              "largest": [[1.0, 2.0], [3.0, 1.0], [0.0, 5.0]]}
+    normal = {"deviations": torch.rand(2, 36) + 0.5,
+              "histograms": scores.whitening(torch.randn(20, 5, 64))}
     judged = scored(cfg, h0, normal, budget=budget)
     for b in range(2):
         rebuilt, codes = hvq(h0[b:b + 1])
         residual = h0[b] - rebuilt[0]
         error = (residual ** 2).mean(-1)
-        losses, off = torch.zeros(5), torch.zeros(4, 16)
+        losses, off = torch.zeros(5), torch.zeros(5, 4, 16)
         for m in range(5):
             p = mim(h0[b:b + 1], masks[m:m + 1]).softmax(-1)[0, 0]
             for level in range(4):
                 q = torch.bincount(codes[0, level][masks[m]], minlength=16) / masks[m].sum()
                 losses[m] += (p[level] - q).abs().sum()
-                off[level] += (p[level] - q) / 5
+                off[m, level] = p[level] - q
         expected_mim, expected_hvq = losses.mean(), error.mean()
         if mim_score == "whitened":
-            expected_mim = sum(squared_distance(x - at["mean"][0], at)
-                               for x, at in zip(off, normal["histograms"]))
+            at, far = normal["histograms"], []
+            for m in range(5):
+                distance = squared_distance(off[m].flatten() - at["mean"][m], at["matrix"][m])
+                far.append((distance - at["distance"][0, m]) / at["distance"][1, m])
+            expected_mim = sum(far) / 5
         if hvq_score == "max":
-            expected_hvq = largest_mean_of_nine(error)
-        if hvq_score == "whitened":
-            expected_hvq, error = whitened_windows(residual, normal)
+            expected_hvq = means_of_nine(error).max()
+        if hvq_score == "norm":
+            error = (residual ** 2).sum(-1).sqrt()
+            expected_hvq = largest_mean_of_16_pixels(error)
+        if hvq_score == "deviations":
+            error = (means_of_nine(error) - normal["deviations"][0]) / normal["deviations"][1]
+            expected_hvq = error.max()
         expected = {"hvq": expected_hvq, "mim": expected_mim, "hvq_map": error}
         for name, values in expected.items():
             torch.testing.assert_close(judged[name][b], values, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,141 @@
+"""HVQ-Trans as its authors ran it, for `--preset authors`: TSTB-dev/HVQ-Trans, commit ee24d2e.
+
+`ladmim.HVQ` follows the paper's text. This is the tokenizer in LADMIM's published code, and it
+differs in what it quantises, in width, in its codebooks and in its blocks:
+
+  levels     h^4 is quantised as a condition only. The four levels are [h^3, z^4], [h^2, z^4],
+             [h^1, z^4] and [h^0, z^4], where h^0 is the embedded input: the last one is local.
+  width      64 in the encoder and of z^4, 128 in the decoder and of the other codes. There is no
+             psi between an encoder and its codes.
+  codebooks  Random at the start, then running means. A code that nobody uses is not revived, so
+             few of the 512 stay in use.
+  blocks     Each norm stands after its branch, ReLU, learned positions of row and column on the
+             queries and keys of every layer. The decoder starts from the codes of [h^3, z^4].
+
+Two things are not theirs: dropout acts on the branches only, not on attention weights, which costs
+a CPU five times the time; and a codebook moves once a batch of B photos, by 0.99^B, not once a
+photo.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import nearest_code
+from runs import add_up
+
+FFN = 1024                             # width of each feed-forward's middle
+
+
+class Layer(nn.Module):
+    """Transformer layer whose norms stand behind the branches. With two attentions the second one
+    looks at z."""
+
+    def __init__(self, width: int, heads: int, dropout: float, attentions: int):
+        super().__init__()
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(width, heads, batch_first=True)
+                                        for _ in range(attentions))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(attentions + 1))
+        self.ffn = nn.Sequential(nn.Linear(width, FFN), nn.ReLU(), nn.Dropout(dropout),
+                                 nn.Linear(FFN, width))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, positions, z=None):
+        """x and z (B, N, width), positions (N, width) -> (B, N, width)."""
+        for attention, norm, seen in zip(self.attentions, self.norms, (None, z)):
+            seen = x if seen is None else seen
+            y, _ = attention(x + positions, seen + positions, seen, need_weights=False)
+            x = norm(x + self.drop(y))
+        return self.norms[-1](x + self.drop(self.ffn(x)))
+
+
+class Codebook(nn.Module):
+    """K codes that follow the running mean of the vectors nearest to them."""
+
+    def __init__(self, codes: int, width: int, decay: float):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("codes", torch.randn(codes, width))
+        self.register_buffer("count", torch.zeros(codes))
+        self.register_buffer("total", self.codes.clone())
+
+    def forward(self, x):
+        """x (B, N, width) -> z (B, N, width) with straight-through gradients, and codes (B, N)."""
+        index, _ = nearest_code(x.detach().float().flatten(0, 1), self.codes)
+        index = index.view(x.shape[:2])
+        return x + (self.codes[index] - x).detach(), index
+
+    @torch.no_grad()
+    def follow(self, x, index):
+        """Moves the codes towards x (B, N, width), whose codes are index (B, N). -> how often each
+        code was used, (K,)."""
+        flat = index.flatten().clamp(min=0)                          # -1 where the loss is NaN
+        count = torch.bincount(flat, minlength=len(self.codes)).to(self.count)
+        total = torch.zeros_like(self.total).index_add_(0, flat, x.flatten(0, 1).float())
+        photos = torch.full((1,), float(len(x)), device=x.device)
+        add_up([count, total, photos])
+        keep = self.decay ** photos
+        self.count.mul_(keep).add_(count * (1 - keep) / photos)
+        self.total.mul_(keep).add_(total * (1 - keep) / photos)
+        n, eps = self.count.sum(), 1e-5
+        smooth = (self.count + eps) / (n + len(count) * eps) * n     # no code's count is zero
+        self.codes.copy_(self.total / smooth[:, None])
+        return count
+
+
+class PublishedHVQ(nn.Module):
+    """Made and used like `ladmim.HVQ`. cfg: `ladmim.Config`, where hvq_width is d = 64."""
+
+    def __init__(self, cfg, d0: int):
+        super().__init__()
+        d, levels, heads, drop = cfg.hvq_width, cfg.levels, cfg.hvq_heads, cfg.hvq_dropout
+        self.commitment = cfg.commitment
+        self.embed = nn.Linear(d0, d)
+        self.rows = nn.Parameter(torch.rand(cfg.grid, d // 2))
+        self.columns = nn.Parameter(torch.rand(cfg.grid, d // 2))
+        self.encoder = nn.ModuleList(Layer(d, heads, drop, 1) for _ in range(levels))
+        # The condition's codebook is the last one.
+        self.books = nn.ModuleList(Codebook(cfg.codes, width, cfg.ema_decay)
+                                   for width in [2 * d] * levels + [d])
+        self.decoder = nn.ModuleList(Layer(2 * d, heads, drop, 2) for _ in range(levels))
+        self.norm, self.out = nn.LayerNorm(2 * d), nn.Linear(2 * d, d0)
+        self.register_buffer("used", torch.zeros(levels + 1, cfg.codes))   # this epoch
+
+    def positions(self):
+        """(N, d): a token's column, then its row."""
+        grid = len(self.rows)
+        return torch.cat([self.columns.repeat(grid, 1), self.rows.repeat_interleave(grid, 0)], -1)
+
+    def quantise(self, h0):
+        """h0 (B, N, d0) -> x what each codebook sees, z and codes: L of the levels [h^0, z^L] ..
+        [h^(L-1), z^L], then the condition's."""
+        h, positions = [self.embed(h0)], self.positions()
+        for layer in self.encoder:
+            h.append(layer(h[-1], positions))
+        condition, index = self.books[-1](h[-1])
+        x = [torch.cat([level, condition], -1) for level in h[:-1]]
+        z, codes = zip(*(book(level) for book, level in zip(self.books, x)))
+        return [*x, h[-1]], [*z, condition], [*codes, index]
+
+    def decode(self, z):
+        """z: L tensors (B, N, 2 d) -> rebuilt h0 (B, N, d0), from the deep level to the local."""
+        x, positions = z[-1], self.positions().repeat(1, 2)
+        for layer, level in zip(self.decoder, reversed(z)):
+            x = layer(x, positions, level)
+        return self.out(self.norm(x))
+
+    def forward(self, h0):
+        """h0 (B, N, d0) -> rebuilt h0 (B, N, d0), codes (B, L, N); level 1 is [h^0, z^L]."""
+        _, z, codes = self.quantise(h0)
+        return self.decode(z[:-1]), torch.stack(codes[:-1], 1)
+
+    def loss(self, h0):
+        """Feature error, and the commitment of what every codebook sees."""
+        x, z, codes = self.quantise(h0)
+        loss = F.mse_loss(self.decode(z[:-1]), h0)
+        for seen, book, index in zip(x, self.books, codes):
+            loss = loss + self.commitment * F.mse_loss(seen, book.codes[index])
+        for used, seen, book, index in zip(self.used, x, self.books, codes):
+            used += book.follow(seen, index)
+        return loss

@@ -1,0 +1,101 @@
+"""The published tokenizer against torch's own layers, and its codebook against a plain loop."""
+import dataclasses
+
+import pytest
+import torch
+from test_ladmim import SMALL
+
+import ladmim
+from backbone import CHANNELS
+from published import FFN, Codebook, Layer, PublishedHVQ
+
+CFG = dataclasses.replace(SMALL, tokenizer="published", codebook="ema", hvq_width=16)
+
+
+def same_weights(layer, reference):
+    """Gives torch's layer the weights of ours."""
+    for ours, name in zip(layer.attentions, ("self_attn", "multihead_attn")):
+        getattr(reference, name).load_state_dict(ours.state_dict())
+    for i, norm in enumerate(layer.norms):
+        getattr(reference, f"norm{i + 1}").load_state_dict(norm.state_dict())
+    reference.linear1.load_state_dict(layer.ffn[0].state_dict())
+    reference.linear2.load_state_dict(layer.ffn[3].state_dict())
+    return reference
+
+
+@pytest.mark.parametrize("attentions, reference", [(1, torch.nn.TransformerEncoderLayer),
+                                                   (2, torch.nn.TransformerDecoderLayer)])
+def test_a_layer_without_positions_is_torchs(attentions, reference):
+    torch.manual_seed(0)
+    layer = Layer(16, 4, 0.0, attentions)
+    theirs = same_weights(layer, reference(16, 4, FFN, 0.0, batch_first=True))
+    x, z = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    seen = (x,) if attentions == 1 else (x, z)
+    torch.testing.assert_close(layer(x, torch.zeros(9, 16), z), theirs(*seen), atol=1e-5, rtol=1e-5)
+
+
+def test_positions_reach_queries_and_keys_but_not_values():
+    """Of one token only its value is left, and that has no position."""
+    layer, x = Layer(16, 4, 0.0, 1), torch.randn(2, 1, 16)
+    torch.testing.assert_close(layer(x, torch.zeros(1, 16)), layer(x, torch.randn(1, 16)))
+    many = torch.randn(2, 9, 16)
+    assert not torch.allclose(layer(many, torch.zeros(9, 16)), layer(many, torch.randn(9, 16)))
+
+
+@pytest.mark.parametrize("photos", [1, 3])
+def test_codes_follow_the_running_mean(photos):
+    torch.manual_seed(0)
+    book = Codebook(5, 4, 0.99)
+    start, x = book.codes.clone(), torch.randn(photos, 20, 4)
+    z, index = book(x)
+    nearest = torch.cdist(x.double(), start.double()).argmin(-1)
+    torch.testing.assert_close(index, nearest)
+    torch.testing.assert_close(z, start[nearest])
+    used = book.follow(x, index)
+    keep = 0.99 ** photos
+    count = torch.stack([(nearest == k).sum() for k in range(5)]).float() / photos
+    total = torch.stack([x[nearest == k].sum(0) for k in range(5)]) / photos
+    torch.testing.assert_close(used, count * photos)
+    count, total = (1 - keep) * count, keep * start + (1 - keep) * total
+    smooth = (count + 1e-5) / (count.sum() + 5e-5) * count.sum()
+    torch.testing.assert_close(book.codes, total / smooth[:, None])
+
+
+def test_levels_see_h0_to_h3_beside_the_condition():
+    torch.manual_seed(0)
+    hvq, h0 = PublishedHVQ(CFG, CHANNELS).eval(), torch.randn(2, 36, CHANNELS)
+    x, z, codes = hvq.quantise(h0)
+    assert [seen.shape[-1] for seen in x] == [32, 32, 32, 32, 16]
+    torch.testing.assert_close(x[0][..., :16], hvq.embed(h0))        # the local level
+    for level in range(4):
+        torch.testing.assert_close(x[level][..., 16:], z[4])
+        torch.testing.assert_close(z[level], hvq.books[level].codes[codes[level]])
+    rebuilt, found = hvq(h0)
+    assert rebuilt.shape == h0.shape and found.shape == (2, 4, 36)
+    torch.testing.assert_close(found, torch.stack(codes[:4], 1))
+    positions = hvq.positions().view(6, 6, 16)                       # row, column
+    assert (positions[:, 2, :8] == hvq.columns[2]).all()
+    assert (positions[3, :, 8:] == hvq.rows[3]).all()
+
+
+def test_loss_is_feature_error_and_commitment():
+    torch.manual_seed(0)
+    hvq, h0 = PublishedHVQ(CFG, CHANNELS), torch.randn(2, 36, CHANNELS)
+    x, z, codes = hvq.quantise(h0)
+    expected = (hvq.decode(z[:-1]) - h0).square().mean()
+    for seen, nearest in zip(x, z):
+        expected = expected + 0.25 * (seen - nearest).square().mean()
+    loss = hvq.loss(h0)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(weight.grad is not None for weight in hvq.parameters())
+    assert hvq.used.sum(1).tolist() == [72.0] * 5
+
+
+def test_the_authors_preset_has_their_shapes():
+    cfg = ladmim.Config(**ladmim.PRESETS["authors"])
+    hvq = ladmim.TOKENIZERS[cfg.tokenizer](cfg, CHANNELS)
+    assert [tuple(book.codes.shape) for book in hvq.books] == [(512, 128)] * 4 + [(512, 64)]
+    assert hvq.positions().shape == (576, 64) and hvq.out.weight.shape == (384, 128)
+    mim = ladmim.ViT(cfg, CHANNELS)
+    assert all((block.scale == 1e-4).all() for block in mim.blocks)
