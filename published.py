@@ -93,7 +93,7 @@ class PublishedHVQ(nn.Module):
         self.commitment = cfg.commitment
         self.embed = nn.Linear(d0, d)
         self.rows = nn.Parameter(torch.rand(cfg.grid, d // 2))
-        self.columns = nn.Parameter(torch.rand(cfg.grid, d // 2))
+        self.columns = nn.Parameter(torch.rand(cfg.grid, d - d // 2))
         self.encoder = nn.ModuleList(Layer(d, heads, drop, 1) for _ in range(levels))
         # The condition's codebook is the last one.
         self.books = nn.ModuleList(Codebook(cfg.codes, width, cfg.ema_decay)

@@ -37,8 +37,8 @@ NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two
 # What only the scores depend on, and what the ViT depends on, too: a run may take over the rest.
 SCORE_SETTINGS = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
 VIT_SETTINGS = {"mim_width", "mim_blocks", "mim_heads", "mim_dropout", "mim_layer_scale",
-                "mim_epochs", "mim_warmup", "mim_batch", "mim_lr", "mim_last_lr",
-                "mim_weight_decay", "mim_clip", "mask", "train_ratio", "train_block", "target"}
+                "mim_epochs", "mim_warmup", "mim_batch", "mim_lr", "mim_last_lr", "mim_clip",
+                "mim_weight_decay", "mask", "train_ratio", "train_block", "target"}
 
 
 # Settings and options
@@ -84,13 +84,12 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
 
 
 def parse(argv, config_class, presets: dict, options: dict) -> argparse.Namespace:
-    """The command line of ladmim.py. Each field of config_class is an option of `train`; options:
-    the values that some of them are one of."""
+    """The command line of ladmim.py. Each field of config_class is an option of `train`; options
+    holds the values that some of them are one of."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["distill"]:
         raise InputError("distill is now a command of its own: python weights/distill.py")
-    parser = Parser(prog="ladmim.py",
-                    description="Logical anomaly detection with masked image modeling.")
+    parser = Parser(prog="ladmim.py", description="Logical anomaly detection: train and predict.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train on good photos, score the others")
     add = train.add_argument
@@ -169,15 +168,13 @@ def check_settings(cfg, options: dict, side: int):
         check(f"{model}_heads", fits, f"must divide --{model}-width")
     check("codes", cfg.codes <= 2 ** 15, f"at most {2 ** 15}")
     check("grid", side >= cfg.grid and side % cfg.grid == 0,
-          f"must divide the backbone's {max(side, 0)} positions a side at --image-size "
-          f"{cfg.image_size}")
+          f"must divide the backbone's {max(side, 0)} positions at --image-size {cfg.image_size}")
     check("grid", cfg.mask != "checkerboard" or cfg.grid % 12 == 0,
           "--mask checkerboard needs a multiple of 12")
     check("mim_score", cfg.mim_score != "whitened" or cfg.target == "histogram",
           f"--target {cfg.target} has no histograms to measure; add --mim-score mean")
     check("mim_score", cfg.mim_score != "whitened" or cfg.levels * cfg.codes <= 512,
-          f"holds a matrix a mask, so --levels times --codes may be at most 512, not "
-          f"{cfg.levels * cfg.codes}; choose --mim-score mean or fewer --codes")
+          "needs --levels times --codes at most 512 (a matrix a mask); choose mean or fewer")
 
 
 # Machine

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import backbone  # noqa: E402
 import data  # noqa: E402
 import ladmim  # noqa: E402
+import scores  # noqa: E402
 from runs import seeded  # noqa: E402
 from twin.render import render  # noqa: E402
 
@@ -115,7 +116,7 @@ def our_score(detector, paths):
     """Both means (B,) of photos that were never seen before: decoding and backbone included."""
     h0, _ = detector.look(np.stack(list(data.load_images(paths, detector.cfg.image_size))))
     errors = ladmim.errors(detector.hvq, detector.mim, detector.cfg, h0, detector.masks)
-    return ladmim.squared_error(errors).mean(1), errors.l1.mean(1)
+    return scores.squared_error(errors).mean(1), errors.l1.mean(1)
 
 
 # Both

@@ -20,7 +20,8 @@ BELOW = {
     "published": {"kernels", "runs"},
     "ladmim": {"backbone", "data", "eval", "kernels", "published", "runs", "scores"},
     "weights": {"backbone", "data", "runs"},
-    "bench": {"backbone", "bench", "data", "eval", "kernels", "ladmim", "runs", "twin"},
+    "bench": {"backbone", "bench", "data", "eval", "kernels", "ladmim", "runs", "scores",
+              "twin"},
     "kernels": {"kernels"},
     "twin": {"twin"},
 }

@@ -50,7 +50,8 @@ def test_every_preset_works(preset):
 
 @pytest.mark.parametrize("settings, option", [
     ({"mask": "stripes"}, "--mask"), ({"mask": "checkerboard", "grid": 16}, "--grid"),
-    ({"target": "code", "mim_score": "whitened"}, "--mim-score"), ({"grid": 7}, "--grid"),
+    ({"target": "code", "mim_score": "whitened"}, "--mim-score"),
+    ({"codes": 129, "mim_score": "whitened"}, "--mim-score"), ({"grid": 7}, "--grid"),
     ({"image_size": 30}, "--grid"), ({"codes": 2 ** 15 + 1}, "--codes"),
     ({"levels": 0}, "--levels"), ({"ema_decay": 1.0}, "--ema-decay"),
     ({"mim_dropout": 1.0}, "--mim-dropout"), ({"mim_heads": 3}, "--mim-heads"),
