@@ -254,7 +254,8 @@ def load_features(file: Path, shape: tuple) -> np.ndarray:
 
 
 def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], progress):
-    """Computes the features and writes them as `file`, whole or not at all."""
+    """Computes the features and writes them as `file`, whole or not at all. Where it cannot be
+    written, they stay in memory."""
     unfinished = file.with_name(f"{file.stem}.{os.urandom(4).hex()}.part")
     digest = hashlib.blake2b(key=file.stem.encode())           # with the name: none is mistaken
     try:
@@ -271,11 +272,13 @@ def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], pr
         os.replace(unfinished, file)
         return load_features(file, (len(paths), *shape))
     except OSError as error:
-        raise InputError(f"--cache {file.parent}: features cannot be kept there "
-                         f"({error.strerror}); free some space or name another folder") from None
+        print(f"warning: {file.parent}: features cannot be kept there ({error.strerror}); going on "
+              "without", file=sys.stderr)
     finally:
         with suppress(OSError):
             unfinished.unlink()
+    computed = compute_features(paths, size, compute, shape, progress)
+    return np.concatenate([np.empty((0, *shape), np.float16), *computed])
 
 
 def compute_features(paths, size: int, compute, shape: tuple[int, int], progress):
@@ -331,6 +334,8 @@ def load_data_set(job: Job):
     training first; how many these are; `Features` of all; the PDN; how many photos could not be
     read."""
     cfg, root, device = job.cfg, job.root, job.device
+    if job.cache.is_file():
+        raise InputError(f"--cache {job.cache}: is a file; name a folder")
     pdn, description = load_pdn(cfg.pdn, job.seed)
     photos = []
     for name in job.names:

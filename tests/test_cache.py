@@ -296,22 +296,28 @@ def test_features_beyond_float16_are_refused_and_not_kept(tmp_path, value):
 
 # A folder that cannot be written
 
-def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_cache_that_cannot_be_written_costs_one_line(tmp_path, capsys):
     paths, cache = pictures(tmp_path / "a", 6), tmp_path / "cache"
     cache.write_text("a file where the folder should be")
-    refused(lambda: features(paths, cache, Backbone()), f"--cache {cache}: ", "another folder")
+    found = features(paths, cache, Backbone())
+    assert (found == direct(paths, Backbone())).all() and not isinstance(found, np.memmap)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {cache}: ")
     assert cache.read_text().startswith("a file")
 
 
-def test_a_full_disk_is_one_line_and_leaves_no_rubbish(tmp_path):
+def test_a_full_disk_costs_one_line_and_leaves_no_rubbish(tmp_path, capsys):
     resource = pytest.importorskip("resource")
     paths, cache = pictures(tmp_path / "a", 40), tmp_path / "cache"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20 * ROW, hard))         # no file may be larger
     try:
-        refused(lambda: features(paths, cache, Backbone()), f"--cache {cache}: ", "File too large")
+        found = features(paths, cache, Backbone())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (found == direct(paths, Backbone())).all()
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {cache}: ") and "File too large" in line
     assert entries(cache) == []
 
 
