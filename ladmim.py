@@ -32,14 +32,13 @@ import torch.nn.functional as F
 import data
 import eval as evaluation
 import runs
-import scores
 from backbone import (PATCH, Features, load_data_set, load_pdn, look, pdn_from_state, positions,
                       save_heatmap)
 from data import InputError
 from kernels import histogram_l1, nearest_code
 from published import PublishedHVQ
 from runs import Job, Progress, Run, add_up, in_precision, processes, seeded, share
-from scores import HVQ_SCORES, MIM_SCORES
+from scores import HVQ_SCORES, MIM_SCORES, histograms
 
 
 # Settings
@@ -71,7 +70,7 @@ class Config:
     hvq_clip: float = 0.1              # of the gradient's norm [HVQ-Trans]
     hvq_drop: float = 0.1              # factor of the learning rate ... [HVQ-Trans]
     hvq_drop_at: float = 0.8           # ... after this share of the epochs [HVQ-Trans]
-    hvq_score: str = "mean"            # [HVQ-Trans: nearer to "max"]
+    hvq_score: str = "mean"            # [HVQ-Trans: "norm"]
 
     mim_width: int = 512
     mim_blocks: int = 4
@@ -549,7 +548,7 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, budget: int 
     budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
     width = max(cfg.mim_width, 0 if cfg.target == "histogram" else mim.head.out_features)
     step = max(1, budget // (len(h0) * h0.shape[1] * width * 4))     # masks at once
-    histogram = []                                   # kept only for a score that learns
+    histogram = []                                   # only a score that learns needs them
     with in_precision(cfg.precision, h0.device):
         rebuilt, codes = hvq(h0)
         codes, l1 = codes.to(torch.int16), []
@@ -557,7 +556,7 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, budget: int 
             output = mim(h0, some)
             l1.append(mim_error(mim, output, h0, some, codes, pixels))
             if MIM_SCORES[cfg.mim_score].learn:
-                actual = scores.histograms(codes, some, cfg.codes)
+                actual = histograms(codes, some, cfg.codes)
                 histogram.append(output.softmax(-1) - actual)
     histogram = torch.cat(histogram, 1) if histogram else h0.new_zeros(0)
     return Errors(h0 - rebuilt, torch.cat(l1, 1), histogram)
@@ -595,8 +594,8 @@ def learn_normal(cfg: Config, train, validation, masks) -> dict:
     """What is normal in one category. train, validation: `kept_errors` of its normal photos; test
     photos play no part. Mean and std of both scores and maps, the threshold of the final score,
     and what the scores themselves learn."""
-    normal, chosen = {}, (HVQ_SCORES[cfg.hvq_score], MIM_SCORES[cfg.mim_score])
-    for score, of_train in zip(chosen, train):
+    normal, scores = {}, (HVQ_SCORES[cfg.hvq_score], MIM_SCORES[cfg.mim_score])
+    for score, of_train in zip(scores, train):
         normal |= score.learn(of_train) if score.learn else {}
     judged = judge(cfg, validation, masks, normal)
     for name, values in judged.items():
@@ -647,8 +646,8 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
         judged = judge(cfg, [part[tested] for part in kept], masks, normal)
         judged = {name: values.double() for name, values in judged.items()}
         s = standardise(normal, judged)
-        values = torch.stack([judged["hvq"], judged["mim"], s["score"]], 1).tolist()
-        rows += [(photos[i], three) for i, three in zip(tested, values)]
+        scores = torch.stack([judged["hvq"], judged["mim"], s["score"]], 1).tolist()
+        rows += [(photos[i], values) for i, values in zip(tested, scores)]
         maps.append(torch.stack([s["hvq_map"], s["mim_map"]], 1))    # (n, 2, N)
     if run.writes:
         maps = torch.cat(maps).unflatten(2, (cfg.grid, cfg.grid)).float().numpy()

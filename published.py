@@ -71,7 +71,7 @@ class Codebook(nn.Module):
         """Moves the codes towards x (B, N, width), whose codes are index (B, N). -> how often each
         code was used, (K,)."""
         flat = index.flatten().clamp(min=0)                          # -1 where the loss is NaN
-        count = torch.bincount(flat, minlength=len(self.codes)).to(self.count)
+        count = torch.zeros_like(self.count).index_add_(0, flat, torch.ones_like(flat).float())
         total = torch.zeros_like(self.total).index_add_(0, flat, x.flatten(0, 1).float())
         photos = torch.full((1,), float(len(x)), device=x.device)
         add_up([count, total, photos])
@@ -134,8 +134,7 @@ class PublishedHVQ(nn.Module):
         """Feature error, and the commitment of what every codebook sees."""
         x, z, codes = self.quantise(h0)
         loss = F.mse_loss(self.decode(z[:-1]), h0)
-        for seen, book, index in zip(x, self.books, codes):
-            loss = loss + self.commitment * F.mse_loss(seen, book.codes[index])
         for used, seen, book, index in zip(self.used, x, self.books, codes):
+            loss = loss + self.commitment * F.mse_loss(seen, book.codes[index])
             used += book.follow(seen, index)
         return loss

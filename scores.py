@@ -1,7 +1,7 @@
 """S_HVQ and S_MIM: the paper's means, the published code's maximum, and two scores of our own.
 
 `--hvq-score` and `--mim-score` name them. What a score must know of good photos it learns from the
-training and the validation normals; test photos play no part.
+training normals alone.
 """
 from __future__ import annotations
 
@@ -105,15 +105,10 @@ def distances(x: torch.Tensor, normal: dict) -> torch.Tensor:
     return torch.einsum("bmd,mde->bme", x - normal["mean"], normal["matrix"]).square().sum(-1)
 
 
-def learn_histograms(residual: torch.Tensor) -> dict:
-    """residual (n, M, L * K), predicted minus actual histogram, of the training normals."""
-    return {"histograms": whitening(residual)}
-
-
 def judge_histograms(residual: torch.Tensor, normal: dict) -> torch.Tensor:
-    """residual (B, M, L * K) -> (B,), the mean over the masks of its Mahalanobis distance, each in
-    the standard deviations that it has on the training normals. The L1 distance adds up what good
-    photos vary in, too; here such codes count little."""
+    """residual (B, M, L * K), predicted minus actual histogram -> (B,), the mean over the masks of
+    its Mahalanobis distance, in the standard deviations that it has on the training normals. The L1
+    distance adds up what good photos vary in, too; here such codes count little."""
     mean, std = normal["histograms"]["distance"]
     return ((distances(residual, normal["histograms"]) - mean) / std).mean(1)
 
@@ -121,4 +116,4 @@ def judge_histograms(residual: torch.Tensor, normal: dict) -> torch.Tensor:
 MIM_SCORES = {
     "mean": Score(lambda errors: errors.l1, lambda l1, normal: l1.mean(1)),
     "whitened": Score(lambda errors: errors.histogram.flatten(2), judge_histograms,
-                      learn_histograms)}
+                      lambda residual: {"histograms": whitening(residual)})}

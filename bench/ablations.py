@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import backbone  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ladmim  # noqa: E402
@@ -35,7 +36,6 @@ for kind, share in itertools.product(("random", "block"), (0.2, 0.4, 0.6)):
 FORMS = {f"HVQ {hvq}, MIM {mim}": {"hvq_score": hvq, "mim_score": mim}
          for hvq, mim in (("mean", "mean"), ("max", "mean"), ("norm", "mean"),
                           ("deviations", "mean"), ("deviations", "whitened"))}
-MEAN, MAX = FORMS["HVQ mean, MIM mean"], FORMS["HVQ max, MIM mean"]
 ABLATIONS = {
     "scoring": {"": {}}, "combine": TARGETS, "masking": MASKS, "target": TARGETS,
     "width": {f"{factor:g} times the preset's mim_width": {"mim_width": factor}
@@ -44,7 +44,7 @@ ABLATIONS = {
     "score": {**FORMS, "HVQ deviations, MIM whitened, masks of 230 of 576": {
         **FORMS["HVQ deviations, MIM whitened"], "score_ratio": 230 / 576,
         "score_block": 92 / 576}},
-    "leak": {"HVQ mean": MEAN, "HVQ max": MAX}}
+    "leak": {f"HVQ {hvq}": FORMS[f"HVQ {hvq}, MIM mean"] for hvq in ("mean", "max")}}
 # What each row shows: part of eval.py's record -> words behind the row's name.
 PARTS = {"scoring": evaluation.DETECTORS, "combine": {"mim": "MIM alone", "both": "and HVQ"}}
 PAPER = {"scoring": "table5_scoring_ablation", "combine": "table6_combined_with_hvq",
@@ -62,6 +62,7 @@ def train(job: runs.Job) -> Path:
         held = vars(ladmim.Config()) | state["config"]
         if state["stage"] == "done" and vars(job.cfg).items() <= held.items():
             return job.out
+    runs.check_settings(job.cfg, ladmim.OPTIONS, backbone.positions(job.cfg.image_size))
     print(f"{job.out}", file=sys.stderr, flush=True)
     with contextlib.redirect_stdout(sys.stderr):     # standard output is the table's
         ladmim.train_run(job)

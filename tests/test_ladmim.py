@@ -288,9 +288,10 @@ class Waits(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("codebook, target", [("ema", "histogram"), ("gradient", "code"),
-                                              ("gradient", "pixel")])
-def test_no_training_step_waits_for_a_gpu(codebook, target, tmp_path, monkeypatch):
+@pytest.mark.parametrize("tokenizer, codebook, target", [
+    ("paper", "ema", "histogram"), ("paper", "gradient", "code"), ("paper", "gradient", "pixel"),
+    ("published", "ema", "histogram")])
+def test_no_training_step_waits_for_a_gpu(tokenizer, codebook, target, tmp_path, monkeypatch):
     """Tensors that hold no numbers stand for a GPU's: an epoch of three steps waits as often as one
     of one."""
     adam, meta, counts = torch.optim.AdamW, torch.device("meta"), []
@@ -300,8 +301,9 @@ def test_no_training_step_waits_for_a_gpu(codebook, target, tmp_path, monkeypatc
     monkeypatch.setattr(HVQ, "start_codebooks", lambda *args: None)      # once a run: it may wait
     monkeypatch.setattr(ladmim, "usage", lambda used: ([2], [1.0]))
     monkeypatch.setattr(runs.Run, "save", lambda run, **news: None)
-    cfg = dataclasses.replace(SMALL, levels=2, mim_blocks=2, codebook=codebook, target=target,
-                              hvq_batch=4, mim_batch=4, hvq_epochs=2, mim_epochs=1)
+    cfg = dataclasses.replace(SMALL, levels=2, mim_blocks=2, tokenizer=tokenizer,
+                              codebook=codebook, target=target, hvq_batch=4, mim_batch=4,
+                              hvq_epochs=2, mim_epochs=1)
     for n in (4, 12):
         seen = torch.empty(n, 36, CHANNELS + 48 * (target == "pixel"), device=meta)
         photos = Features(seen, torch.zeros(CHANNELS), torch.ones(CHANNELS), meta)

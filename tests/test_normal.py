@@ -65,7 +65,7 @@ def test_a_histogram_that_never_varies_counts_most():
     rng = torch.Generator().manual_seed(0)
     spread = torch.tensor([1.0, 1.0, 1.0, 0.01])
     train = torch.randn(50, 3, 4, generator=rng) * spread
-    normal = scores.learn_histograms(train)
+    normal = {"histograms": scores.whitening(train)}
     seen = torch.zeros(2, 3, 4)
     seen[0, :, 0] = seen[1, :, 3] = 1                # the same L1 distance
     usual, rare = scores.judge_histograms(seen, normal)

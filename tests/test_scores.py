@@ -137,9 +137,9 @@ def test_other_targets_against_a_plain_loop(target):
 def photos_with_scores(s_hvq, s_mim, seed=0):
     """`kept_errors` of photos with these scores, as the means of their errors: (n, 9), (n, 5)."""
     rng, kept = torch.Generator().manual_seed(seed), []
-    for scores, width in ((s_hvq, 9), (s_mim, 5)):
-        errors = torch.randn(len(scores), width, generator=rng).double()
-        kept.append(errors - errors.mean(1, keepdim=True) + scores[:, None])
+    for values, width in ((s_hvq, 9), (s_mim, 5)):
+        errors = torch.randn(len(values), width, generator=rng).double()
+        kept.append(errors - errors.mean(1, keepdim=True) + values[:, None])
     return [kept[0], kept[1], kept[1]]
 
 
