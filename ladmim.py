@@ -133,7 +133,7 @@ def feed_forward(width):
 
 class Block(nn.Module):
     """Pre-norm transformer block. Dropout acts on each residual branch: on attention weights it
-    would write all N x N of them, for every head, and cost a CPU five times the step."""
+    would write all N x N of them, for every head, and make HVQ-Trans's step three times as long."""
 
     def __init__(self, width, heads, dropout, layer_scale=0.0):
         super().__init__()

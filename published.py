@@ -12,9 +12,9 @@ differs in what it quantises, in width, in its codebooks and in its blocks:
   blocks     Each norm stands after its branch, ReLU, learned positions of row and column on the
              queries and keys of every layer. The decoder starts from the codes of [h^3, z^4].
 
-Two things are not theirs: dropout acts on the branches only, not on attention weights, which costs
-a CPU five times the time; and a codebook moves once a batch of B photos, by 0.99^B, not once a
-photo.
+Three things are not theirs: dropout acts on the branches only, not on attention weights, which
+makes a CPU's step long; a codebook moves once a batch of B photos, by 0.99^B, not once a photo; and
+there is one set of codebooks and one output layer, where theirs has one a category.
 """
 from __future__ import annotations
 
