@@ -3,8 +3,8 @@ right lies granola above; banana chips and almonds, mixed, lie below it."""
 import numpy as np
 from PIL import Image, ImageDraw
 
-from twin.drawing import (background, blob, box, common, ellipse, minus, noise, patch, polygon,
-                          scatter, soft, somewhere, stamp, stroke, turned, union)
+from twin.drawing import (background, blob, box, circle, common, ellipse, minus, noise, patch,
+                          polygon, scatter, soft, somewhere, stamp, stroke, turned, union)
 
 # Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
 LOGICAL = {"missing_fruit": 2500, "wrong_fruit": 2500, "extra_fruit": 2500, "sides_swapped": 0.5,
@@ -19,12 +19,12 @@ TRAY = (0.5, 0.475), 0.96, 0.985, 0, 0.16        # centre, width, height, turn, 
 LEFT = [(0.11, 0.12), (0.27, 0.12), (0.31, 0.3), (0.37, 0.5), (0.4, 0.82), (0.12, 0.82)]
 RIGHT = [(0.44, 0.10), (0.88, 0.10), (0.87, 0.84), (0.53, 0.84), (0.5, 0.5), (0.46, 0.28)]
 OAT, CHIP, ALMOND, CRUMB = range(4)
-# A row each: half length and width, then the colours in the middle, at the rim, in the crease.
+# A row each: half length and width, then the colours at the rim and inside.
 LEAVES = np.array([
-    (0.0150, 0.0105, 0.78, 0.55, 0.30, 0.52, 0.32, 0.14, 0.58, 0.36, 0.16),
-    (0.0480, 0.0370, 0.90, 0.74, 0.45, 0.62, 0.40, 0.15, 0.62, 0.43, 0.20),
-    (0.0330, 0.0190, 0.50, 0.22, 0.11, 0.24, 0.09, 0.05, 0.42, 0.18, 0.09),
-    (0.0055, 0.0045, 0.84, 0.68, 0.44, 0.72, 0.54, 0.32, 0.70, 0.52, 0.30)])
+    (0.0150, 0.0105, 0.52, 0.32, 0.14, 0.72, 0.49, 0.25),
+    (0.0480, 0.0370, 0.62, 0.40, 0.15, 0.87, 0.70, 0.41),
+    (0.0330, 0.0190, 0.24, 0.09, 0.05, 0.46, 0.20, 0.10),
+    (0.0055, 0.0045, 0.72, 0.54, 0.32, 0.82, 0.66, 0.42)])
 BODIES = [(0.16, 0.28, 0.62), (0.13, 0.13, 0.14), (0.16, 0.45, 0.20), (0.80, 0.80, 0.83)]
 
 
@@ -42,23 +42,23 @@ def rounded(scene, corners, radius):
 def tray(scene):
     """The empty tray; returns the shapes of its left and right compartment."""
     white = np.array([0.95, 0.89, 0.86])
-    stamp(scene, box(scene, *TRAY), white * 0.93, grain=0, bulge=0.2)
-    stamp(scene, box(scene, (0.5, 0.47), 0.91, 0.935, radius=0.14), white * 0.99, 0.01, 6)
-    latch = box(scene, (0.5, 0.955), 0.17, 0.012, scene.rng.normal(), 0.004)
-    stamp(scene, latch, (0.2, 0.17, 0.16), 0.3)
+    stamp(scene, box(scene, *TRAY), white * 0.93)
+    stamp(scene, box(scene, (0.5, 0.47), 0.91, 0.935, radius=0.14), white * 0.99)
+    latch = box(scene, (0.5, 0.955), 0.17, 0.012, radius=0.004)
+    stamp(scene, latch, (0.2, 0.17, 0.16))
     rooms = [rounded(scene, corners, 0.055) for corners in (LEFT, RIGHT)]
     for room, corners in zip(rooms, (LEFT, RIGHT)):
-        stamp(scene, room, white * 0.84, 0.01, 8, -0.4)      # the walls, then the floor
-        stamp(scene, soft(rounded(scene, corners, 0.02), 9), white * 0.97, 0.012, 8)
+        stamp(scene, room, white * 0.84, bulge=-0.4)      # the walls, then the floor
+        stamp(scene, soft(rounded(scene, corners, 0.02), 9), white * 0.97)
     return rooms
 
 
 def tangerine(scene, centre):
-    rng, r = scene.rng, scene.rng.normal(0.112, 0.005)
-    skin = ellipse(scene, centre, r * rng.uniform(0.95, 1.03), r, rng.uniform(0, 180), 0.02)
-    colour = (0.87, 0.38, 0.13) * rng.normal(1, (0.03, 0.06, 0.1))
-    stamp(scene, skin, colour, 0.05, 3, bulge=0.75, gloss=0.12, shadow=0.35)
-    stem, angles = centre + rng.normal(size=2) * 0.018, rng.uniform(0, 360, 7)
+    rng, r = scene.rng, scene.rng.normal(0.112, 0.002)
+    skin = ellipse(scene, centre, r * rng.uniform(0.97, 1.01), r, rng.uniform(0, 180), 0.02)
+    colour = (0.87, 0.38, 0.13) * rng.normal(1, (0.01, 0.02, 0.03))
+    stamp(scene, skin, colour, 0.02, 3, bulge=0.75, gloss=0.12, shadow=0.35)
+    stem, angles = centre + rng.normal(size=2) * 0.006, rng.uniform(0, 360, 7)
     creases = [turned([(0.006, 0), (rng.uniform(0.02, 0.04), 0)], a, stem) for a in angles]
     stamp(scene, stroke(scene, 0.005, *creases), (0.66, 0.26, 0.08), alpha=0.5)
     stamp(scene, ellipse(scene, stem, 0.009, 0.008, 0, 0.1), (0.22, 0.27, 0.14), 0.2, 2, 0.5)
@@ -66,53 +66,36 @@ def tangerine(scene, centre):
 
 
 def nectarine(scene, centre):
-    rng, r = scene.rng, scene.rng.normal(0.119, 0.006)
-    skin = ellipse(scene, centre, r * rng.uniform(0.92, 1.0), r, rng.uniform(0, 180), 0.02)
-    colour = (0.50, 0.13, 0.11) * rng.normal(1, (0.12, 0.2, 0.15))
-    stamp(scene, skin, colour, 0.12, 8, bulge=0.8, gloss=0.2, shadow=0.35)
+    rng, r = scene.rng, scene.rng.normal(0.119, 0.002)
+    skin = ellipse(scene, centre, r * rng.uniform(0.95, 1.0), r, rng.uniform(0, 180), 0.02)
+    colour = (0.50, 0.13, 0.11) * rng.normal(1, 0.04, 3)
+    stamp(scene, skin, colour, 0.04, 8, bulge=0.8, gloss=0.2, shadow=0.35)
     spot = centre + turned([(rng.uniform(0.02, 0.08), 0)], rng.uniform(0, 360))[0]
     blush = common(soft(blob(scene, spot, 0.04, 0.09), 14), soft(skin, 6))
-    stamp(scene, blush, (0.82, 0.62, 0.28), 0.1, 6, alpha=rng.uniform(0.2, 1.0))
+    stamp(scene, blush, (0.82, 0.62, 0.28), 0.1, 6, alpha=rng.uniform(0.2, 0.4))
     return skin
 
 
 def heap(scene, kinds, centres):
-    """A pile of n leaves, later ones on top. kinds: n rows of LEAVES; centres (n, 2).
-
-    Every leaf has its own size, turn, shade and tilt; the gaps are dark. Each leaf is drawn as
-    its number into one plan; then all pixels are painted at once.
-    """
-    rng, n, side = scene.rng, len(centres), scene.side
-    radii = LEAVES[kinds, :2] * rng.uniform(0.75, 1.25, (n, 2))
-    shade = rng.normal(1, 0.11, (n, 1, 1)).clip(0.7, 1.3) * rng.normal(1, 0.03, (n, 1, 3))
-    colours = LEAVES[kinds, 2:].reshape(n, 3, 3) * shade             # (n, place, rgb)
-    angle, t = rng.uniform(0, np.pi, n), np.linspace(0, 2 * np.pi, 12, endpoint=False)
-    cos, sin = np.cos(angle), np.sin(angle)
-    turn = np.array([[cos, sin], [-sin, cos]]).transpose(2, 0, 1)    # (n, 2, 2)
-    rim = np.stack([np.cos(t), np.sin(t)], 1) * (1 + 0.06 * rng.normal(size=(n, 12, 1)))
-    corners = scene.pixels(rim * radii[:, None] @ turn + centres[:, None])       # (n, 12, 2)
-    plan = Image.new("I", (side, side))
-    pen = ImageDraw.Draw(plan)
-    for i, points in enumerate(corners.reshape(n, -1).tolist()):
-        pen.polygon(points, fill=i + 1, outline=-1)
-    x0, y0, x1, y1 = plan.getbbox()
-    plan = np.asarray(plan)[y0:y1, x0:x1]
-    row, col = np.nonzero(plan)
-    leaf = plan[row, col] - 1                                        # -2 in a gap
-    slope = rng.normal((-0.10, -0.16), 0.16, (n, 2))
-    to_leaf = (turn / radii[..., None] / side).reshape(n, 4)
-    table = [corners.mean(1) - (x0, y0), to_leaf, slope, colours.reshape(n, 9)]
-    table = np.concatenate(table, 1).T.astype(np.float32)            # (17, n)
-    cx, cy, ux, uy, vx, vy, su, sv, *colours = table.take(leaf, axis=1)          # (pixels,) each
-    u = ux * (col - cx) + uy * (row - cy)                # on the leaf: its rim lies at radius 1
-    v = vx * (col - cx) + vy * (row - cy)
-    edge, crease = np.minimum(u * u + v * v, 1) ** 2, np.exp(-(u / 0.55) ** 2 - (v / 0.22) ** 2)
-    tone = 1 + 0.10 * noise(rng, y1 - y0, x1 - x0, 3.0 * side / 512)[row, col]
-    tone *= (1 + u * su + v * sv) * (leaf >= 0)
-    for c, gap in enumerate((0.20, 0.11, 0.04)):
-        core, outer, middle = colours[c::3]
-        colour = core + edge * (outer - core) + crease * (middle - core)
-        scene.photo[row + y0, col + x0, c] = tone * colour + gap * (leaf < 0)
+    """A pile of n leaves, later ones on top. kinds: n rows of LEAVES; centres (n, 2). Every leaf
+    has its own size, turn and shade."""
+    rng, n, leaves = scene.rng, len(centres), LEAVES[kinds]
+    angle = rng.uniform(0, np.pi, n)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    radii = leaves[:, None, :2] * rng.uniform(0.75, 1.25, (n, 1, 2))
+    rim = circle(12) * radii @ turn.transpose(2, 0, 1)               # (n, 12, 2)
+    shade = 255 * rng.normal(1, 0.05, (n, 1))
+    colours = np.clip(shade * leaves[:, 2:], 0, 255).astype(int).reshape(n, 2, 3)
+    outlines = [scene.pixels(centres[:, None] + share * rim).reshape(n, -1).tolist()
+                for share in (1, 0.75)]
+    layer = Image.new("RGBA", (scene.side, scene.side))
+    pen = ImageDraw.Draw(layer)
+    for rim, inside, (dark, light) in zip(*outlines, colours.tolist()):
+        pen.polygon(rim, fill=tuple(dark))
+        pen.polygon(inside, fill=tuple(light))
+    layer = np.asarray(layer)
+    painted = layer[..., 3] > 0
+    scene.photo[painted] = layer[painted, :3] / np.float32(255)
 
 
 def spoil(scene, fault, bowl, floor, granola, skins):
@@ -153,10 +136,9 @@ def fruit_side(scene, fault):
     rng = scene.rng
     fruits = rng.permutation(list(rng.choice(FRUITS.get(fault, ["TTN"]))))
     heights, shapes = np.linspace(0.19, 0.76, max(3, len(fruits))), {"T": [], "N": []}
-    lean = rng.choice((-1, 1)) * rng.normal(0.042, 0.005)
-    lean = lean * (-1.0) ** np.arange(len(heights))                  # zigzag
+    lean = 0.042 * (-1.0) ** np.arange(len(heights))                 # zigzag
     for fruit, k in zip(fruits, rng.permutation(len(heights))):
-        centre = (0.183 + 0.11 * heights[k] + lean[k], heights[k]) + rng.normal(size=2) * 0.008
+        centre = (0.183 + 0.11 * heights[k] + lean[k], heights[k]) + rng.normal(size=2) * 0.003
         painter = tangerine if fruit == "T" else nectarine
         shapes[fruit].append(painter(scene, centre))
     return shapes
@@ -165,16 +147,14 @@ def fruit_side(scene, fault):
 def paint(scene, fault=None):
     """Draws the box: a good one, or one with a fault of LOGICAL or STRUCTURAL."""
     rng, side = scene.rng, scene.side
-    scene.aim(0.006, 1.0, 0.008)
     if fault == "sides_swapped":     # x becomes 1 - x
-        scene.pose[:, 2] += scene.pose[:, 0]
-        scene.pose[:, 0] *= -1
-    background(scene, (0.12, 0.12, 0.15), 0.05)
+        scene.mirrored = True
+    background(scene, (0.12, 0.12, 0.15))
     bowl, room = tray(scene)
     fruits = fruit_side(scene, fault)
 
     floor = rounded(scene, RIGHT, 0.035)
-    stamp(scene, floor, (0.22, 0.12, 0.05), 0.2)
+    stamp(scene, floor, (0.22, 0.12, 0.05))
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
     downward = y + x * rng.normal(0, 0.03)
     order = {"cereal_below": -downward,

@@ -10,26 +10,20 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 @dataclass
 class Scene:
     """A photo in the making. Positions and lengths are in units of its side, x right, y down.
-    `pose` (camera shift, turn, zoom) takes them to canvas pixels. A shape is a Pillow "L" image
-    of the canvas: 255 inside, 0 outside."""
+    A shape is a Pillow "L" image of the canvas: 255 inside, 0 outside."""
     rng: np.random.Generator
     side: int                    # of the canvas in pixels, twice the photo's
-    pose: np.ndarray = None      # (2, 3): points @ pose[:, :2].T + pose[:, 2]
+    mirrored: bool = False       # left is right
     photo: np.ndarray = None     # (side, side, 3) float32, 0 to 1, stored as 3 planes
     regions: list = field(default_factory=list)      # the fault's ground truth, shapes
 
-    def aim(self, shift, turn, zoom):
-        """Moves the camera at random: shift in sides, turn in degrees, zoom relative. The three
-        are standard deviations; the draws are cut at two of them."""
-        spread = (shift, shift, math.radians(turn), zoom)
-        dx, dy, angle, scale = np.clip(self.rng.normal(size=4), -2, 2) * spread
-        c, s = math.cos(angle) * (1 + scale), math.sin(angle) * (1 + scale)
-        move = np.array([0.5 + dx, 0.5 + dy]) - np.array([[c, -s], [s, c]]) @ (0.5, 0.5)
-        self.pose = self.side * np.array([[c, -s, move[0]], [s, c, move[1]]])
+    def __post_init__(self):     # the camera is fixed, but for a pixel or two
+        self.shift = np.clip(self.rng.normal(size=2), -2, 2) * 0.002
 
     def pixels(self, points):
         """(..., 2) scene units -> (..., 2) canvas pixels."""
-        return np.asarray(points, float) @ self.pose[:, :2].T + self.pose[:, 2]
+        x, y = np.moveaxis(np.asarray(points, float), -1, 0)
+        return self.side * (np.stack([1 - x if self.mirrored else x, y], -1) + self.shift)
 
 
 def turned(points, angle, centre=(0, 0), squeeze=1):
@@ -115,46 +109,31 @@ def somewhere(scene, shape):
     return scatter(scene, soft(shape, 10).point(lambda value: 255 * (value > 225)), 0.01)[0]
 
 
-def stretched(array, width, height):
-    return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC))
-
-
 def noise(rng, height, width, scale):
     """Smooth noise (height, width), standard deviation about 1, its blobs `scale` pixels wide."""
     rows, columns = int(height / scale) + 3, int(width / scale) + 3
-    coarse = rng.normal(size=(rows, columns)).astype(np.float32)
-    return stretched(coarse, math.ceil(columns * scale), math.ceil(rows * scale))[:height, :width]
+    coarse = Image.fromarray(rng.normal(size=(rows, columns)).astype(np.float32))
+    fine = coarse.resize((math.ceil(columns * scale), math.ceil(rows * scale)),
+                         Image.Resampling.BICUBIC)
+    return np.asarray(fine)[:height, :width]
 
 
-def background(scene, colour, grain, scale=3.0, blotch=0.03):
-    """Fills the photo with one colour (three values, 0 to 1), fine grain and slow blotches."""
-    n = scene.side
-    tone = 1 + grain * noise(scene.rng, n, n, scale * n / 512)
-    tone = tone + blotch * noise(scene.rng, n, n, n / 5)
-    scene.photo = (tone * np.asarray(colour, np.float32)[:, None, None]).transpose(1, 2, 0)
-
-
-def soften(height, radius):
-    """Blurs a float array (height, width) with three box filters: about a Gaussian of deviation
-    `radius`. An 8-bit blur has steps of 1/255, and the gradient would show them as rings."""
-    half = max(1, round(radius))
-    width = 2 * half + 1
-    for _ in range(6):               # along the rows and the columns in turn
-        total = np.cumsum(np.pad(height, [(half + 1, half), (0, 0)]), axis=0, dtype=np.float32)
-        height = ((total[width:] - total[:-width]) / width).T
-    return height
+def background(scene, colour):
+    """Fills the photo with one colour, three values, 0 to 1."""
+    scene.photo = np.empty((3, scene.side, scene.side), np.float32).transpose(1, 2, 0)
+    scene.photo[:] = colour
 
 
 def relief(shape, radius):
     """A shape as a rounded body, its rim about `radius` pixels wide -> how much each place faces
-    the light from the upper left, and its height. Both are smaller than the shape."""
-    step = max(1, int(radius / 4))               # a wide blur needs only every step-th pixel
-    height = soften(np.asarray(shape.reduce(step), np.float32) / 255, radius / step)
-    dy, dx = np.gradient(height)
-    return (dx + 1.2 * dy) * radius / step, height
+    the light from the upper left, and its height. 1 is the most."""
+    height = np.asarray(shape.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
+    step = math.ceil(radius / 2)
+    around = np.pad(height, step, "edge")        # a wide step: the blur has only 256 heights
+    return 1.1 * (around[2 * step:, 2 * step:] - around[:-2 * step, :-2 * step]), height
 
 
-def stamp(scene, shape, colour, grain=0.05, scale=4.0, bulge=0.0, gloss=0.0, shadow=0.0, alpha=1.0):
+def stamp(scene, shape, colour, grain=0.0, scale=4.0, bulge=0.0, gloss=0.0, shadow=0.0, alpha=1.0):
     """Paints a shape into the photo. Only its surroundings are touched: small shapes are cheap.
 
     colour: three values, 0 to 1. grain: relative deviation of the texture. scale: the texture's
@@ -180,11 +159,11 @@ def stamp(scene, shape, colour, grain=0.05, scale=4.0, bulge=0.0, gloss=0.0, sha
     if bulge or gloss:
         rim = max(1.5, min(bounds[2] - bounds[0], bounds[3] - bounds[1]) / 6)
         lit, height = relief(shape, rim)
-        tone *= stretched(1 + bulge * 0.8 * np.tanh(lit / 0.8), w, h)
+        tone *= 1 + bulge * 0.8 * np.tanh(lit / 0.8)
     paint = tone * np.asarray(colour, np.float32)[:, None, None]
     if gloss:
         shine = np.exp(-((lit / (lit.max() + 1e-6) - 0.6) / 0.25) ** 2)
-        paint += stretched(gloss * shine * height, w, h)
+        paint += gloss * shine * height
     here += alpha * cover * (paint - here)
 
 
@@ -197,18 +176,14 @@ def patch(scene, area, smallest, largest, colour, opacity=(1, 1), blur=2.0, **te
 
 
 def develop(scene, size):
-    """Canvas -> photo: defocus, averaging down, uneven light, exposure and white balance, sensor
-    noise. Returns uint8 (size, size, 3) and the regions, bool (size, size) each."""
+    """Canvas -> photo: averaging down, the lens's blur, a per cent of exposure and white balance,
+    sensor noise. Returns uint8 (size, size, 3) and the regions, bool (size, size) each."""
     rng = scene.rng
     canvas = Image.fromarray((np.clip(scene.photo, 0, 1) * 255).astype(np.uint8))
-    focus = ImageFilter.GaussianBlur(0.7 * rng.uniform(0.8, 1.4) * size / 512)
     small = canvas.resize((size, size), Image.Resampling.BOX)
-    photo = np.asarray(small.filter(focus), np.float32)
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size - 0.5
-    tilt = rng.normal(size=2) * 0.06
-    gain = (1 + rng.normal() * 0.04) * (1 + rng.normal(size=3) * 0.018)
-    photo = photo * ((1 + tilt[0] * x + tilt[1] * y)[..., None] * gain)
-    photo = photo + rng.normal(size=photo.shape) * 255 * 0.012
+    photo = np.asarray(small.filter(ImageFilter.GaussianBlur(0.75 * size / 512)), np.float32)
+    photo = photo * rng.normal(1, 0.01) * rng.normal(1, 0.005, 3)
+    photo += rng.normal(0, 1, photo.shape)
     masks = [np.asarray(shape.resize((size, size), Image.Resampling.BOX)) > 127
              for shape in scene.regions]
     return np.clip(photo + 0.5, 0, 255).astype(np.uint8), masks

@@ -39,13 +39,13 @@ def bottle_part(scene, inset, top=0.15):
 def bottle(scene, colour, level):
     """The bottle with juice of a colour up to a level, empty where that is None; returns its
     screw thread."""
-    stamp(scene, bottle_part(scene, 0), (0.22, 0.22, 0.23), 0.25, 20)
-    stamp(scene, bottle_part(scene, 0.012), (0.075, 0.08, 0.085), 0.1, 8)
+    stamp(scene, bottle_part(scene, 0), (0.22, 0.22, 0.23))
+    stamp(scene, bottle_part(scene, 0.012), (0.075, 0.08, 0.085))
     if level:
-        stamp(scene, bottle_part(scene, 0.016, level), colour, 0.03, 30, 0.45)
-    thread = union(*(box(scene, (0.5, y), 0.335, 0.026, scene.rng.normal() * 0.5, 0.011)
+        stamp(scene, bottle_part(scene, 0.016, level), colour, bulge=0.45)
+    thread = union(*(box(scene, (0.5, y), 0.335, 0.026, radius=0.011)
                      for y in (0.085, 0.11, 0.135, 0.155)))
-    stamp(scene, thread, (0.17, 0.18, 0.20), 0.3, 14, bulge=0.5)
+    stamp(scene, thread, (0.17, 0.18, 0.20), bulge=0.5)
     return thread
 
 
@@ -83,13 +83,13 @@ def labels(scene, fault, fruit):
         papers.append(box(scene, centre, width, height, angle))
         if fault == "missing_label" and k == odd:
             continue
-        stamp(scene, papers[k], (0.93, 0.66, 0.25) * rng.normal(1, 0.02, 3), 0.03, 3, -0.4)
+        stamp(scene, papers[k], (0.93, 0.66, 0.25), bulge=-0.4)
         if k == 0:
             icons = [icon(scene, fruit, turned((x, 0.004), angle, centre), angle)
                      for x in ICONS.get(fault, [0])]
         else:
             bars = [turned([(x, -0.012), (x, 0.012)], angle, centre) for x in LETTERS]
-            stamp(scene, stroke(scene, 0.01, *bars), (0.16, 0.14, 0.11), 0)
+            stamp(scene, stroke(scene, 0.01, *bars), (0.16, 0.14, 0.11))
     if fault in ("wrong_icon", "two_icons"):
         scene.regions = [union(*icons)]
     elif fault == "missing_icon":
@@ -104,11 +104,10 @@ def labels(scene, fault, fruit):
 def paint(scene, fault=None):
     """Draws the bottle: a good one, or one with a fault of LOGICAL or STRUCTURAL."""
     rng = scene.rng
-    scene.aim(0.008, 0.7, 0.008)
-    background(scene, (0.022, 0.022, 0.028), 0.1)
+    background(scene, (0.022, 0.022, 0.028))
     juice = list(JUICES)[rng.integers(3)]
     colour = UNKNOWN[rng.integers(len(UNKNOWN))] if fault == "unknown_juice" else JUICES[juice]
-    colour = colour * rng.normal(1, (0.015, 0.015, 0.015)) * rng.normal(1, 0.05)
+    colour = colour * rng.normal(1, 0.015, 3)
     usual = level = rng.normal(0.228, 0.005)
     if fault == "overfilled":
         level = rng.uniform(0.155, 0.18)

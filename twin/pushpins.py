@@ -29,8 +29,8 @@ def pushpin(scene, low, high, taken, fault):
     """One pin at any angle between the corners low and high, clear of the centres `taken`.
     Returns its body's shape."""
     rng, needle = scene.rng, NEEDLE.copy()
-    body, angle = PIN * rng.normal(1, 0.03), rng.uniform(0, 360)
-    colour = np.array((0.98, 0.66, 0.04)) * rng.normal(1, 0.04)
+    body, angle = PIN * rng.normal(1, 0.01), rng.uniform(0, 360)
+    colour = np.array((0.98, 0.66, 0.04)) * rng.normal(1, 0.02)
     reach = turned(np.concatenate([body, NEEDLE]), angle, squeeze=SQUEEZE)
     spots = rng.uniform(low + 0.012 - reach.min(0), high - 0.012 - reach.max(0), (20, 2))
     apart = [min((np.linalg.norm((spot - t) / (SQUEEZE, 1)) for t in taken), default=0)
@@ -52,7 +52,7 @@ def pushpin(scene, low, high, taken, fault):
         scene.regions.append(common(shape, polygon(scene, put(head))))
         shape = minus(shape, scene.regions[-1])
     if fault != "missing_needle":
-        stamp(scene, stroke(scene, 0.0065, put(needle)), (0.50, 0.46, 0.42), grain=0.15)
+        stamp(scene, stroke(scene, 0.0065, put(needle)), (0.50, 0.46, 0.42))
     stamp(scene, shape, colour, bulge=0.45, gloss=0.25)
     return shape
 
@@ -64,20 +64,18 @@ def clear_box(scene, fault):
         walls += [[(x, top), (x, bottom)] for top, bottom in zip(ROWS, ROWS[1:])]
     for y in ROWS[1:-1]:
         walls += [[(left, y), (right, y)] for left, right in zip(COLUMNS, COLUMNS[1:])]
-    walls = [np.array(wall) + rng.normal(0, 0.0015, (2, 2)) for wall in walls]
     if fault == "missing_divider":
         scene.regions.append(stroke(scene, 0.02, walls.pop(rng.integers(len(walls)))))
     outer = box(scene, (0.4975, 0.505), 0.967, 0.912, radius=0.056)
     inner = box(scene, (0.4975, 0.505), 0.925, 0.870, radius=0.035)
-    stamp(scene, minus(outer, inner), grey, grain=0.2, scale=20, bulge=0.5, alpha=0.45)
-    stamp(scene, stroke(scene, 0.0095, *walls), grey, grain=0.2, scale=20, alpha=0.6)
+    stamp(scene, minus(outer, inner), grey, bulge=0.5, alpha=0.45)
+    stamp(scene, stroke(scene, 0.0095, *walls), grey, alpha=0.6)
 
 
 def paint(scene, fault=None):
     """Draws the box: a good one, or one with a fault of LOGICAL or STRUCTURAL."""
     rng, count = scene.rng, np.ones(15, int)
-    scene.aim(0.008, 0.6, 0.012)
-    background(scene, (0.045, 0.045, 0.055), grain=0.06, blotch=0.2)
+    background(scene, (0.045, 0.045, 0.055))
     clear_box(scene, fault)
     order = rng.permutation(15)      # a fault hits the first of these compartments
     for cell, off in zip(order, PINS_OFF.get(fault, [])):

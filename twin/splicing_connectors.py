@@ -22,9 +22,9 @@ ORANGE, COPPER = np.array((0.96, 0.31, 0.07)), (0.66, 0.38, 0.20)
 def mesh(scene):
     """Cuts the background into expanded metal: rounded wires where |cos x + cos y| is small, and
     between them staggered diamond holes."""
-    rng, n = scene.rng, scene.side
-    turns = np.arange(n, dtype=np.float32) / n / 0.075
-    x, y = 2 * np.pi * (turns + rng.uniform(0, 1, (2, 1)))   # (n,) each
+    n = scene.side
+    turns = np.arange(n, dtype=np.float32) / n - scene.shift[:, None]
+    x, y = 2 * np.pi / 0.075 * turns                         # (n,) each
     wave = np.cos(x) + np.cos(y)[:, None]
     wire = np.clip(1.2 - np.abs(wave + 0.08) / 0.52, 0, 1)   # (n, n), 1 on a wire, 0 in a hole
     scene.photo *= (0.06 + 0.75 * wire * (1 + 0.25 * wave))[..., None]
@@ -33,7 +33,7 @@ def mesh(scene):
 def connector(scene, centre, angle, side, clamps, fault):
     """A connector, side: 1 levers to the right, -1 left. Returns its shape, missing or not."""
     rng, put = scene.rng, partial(turned, angle=angle, centre=centre, squeeze=SQUEEZE)
-    orange, hit, gone = ORANGE * rng.normal(1, 0.05), rng.integers(clamps), None
+    orange, hit, gone = ORANGE * rng.normal(1, 0.02), rng.integers(clamps), None
 
     def piece(x, y, w, h):
         shape = box(scene, put([(side * x, y)])[0], w, h, angle, 0.015, SQUEEZE)
@@ -47,15 +47,15 @@ def connector(scene, centre, angle, side, clamps, fault):
         gone = ellipse(scene, put([spot])[0], *rng.uniform(0.04, 0.07, 2), wobble=0.4)
         scene.regions.append(common(whole, gone))
     housing = piece(-0.02, 0, 0.28, clamps * PITCH + 0.025)
-    stamp(scene, housing, (0.62, 0.56, 0.54), grain=0.06, bulge=0.4, shadow=0.6, alpha=0.7)
+    stamp(scene, housing, (0.62, 0.56, 0.54), bulge=0.4, shadow=0.6, alpha=0.7)
     for clamp in range(clamps):
         y = (clamp - (clamps - 1) / 2) * PITCH
         lever = piece(0.055, y, 0.2, PITCH * 0.92)
         if fault == "open_lever" and clamp == hit:
             lever = piece(0.14, y, 0.28, PITCH * 0.92)
             scene.regions.append(lever)
-        stamp(scene, lever, orange, grain=0.04, bulge=0.45, shadow=0.5)
-        stamp(scene, piece(-0.02, y, 0.085, 0.045), (0.45, 0.35, 0.31), grain=0.25, bulge=0.4)
+        stamp(scene, lever, orange, bulge=0.45, shadow=0.5)
+        stamp(scene, piece(-0.02, y, 0.085, 0.045), (0.45, 0.35, 0.31), bulge=0.4)
     if fault == "stain":
         patch(scene, whole, 0.03, 0.06, (0.13, 0.10, 0.07), (0.7, 0.95))
     return whole
@@ -68,7 +68,7 @@ def cable_path(rng, places, clamps, rows):
         end = (side * 0.14, (row - (n - 1) / 2) * PITCH)
         ends.append(turned([end], angle, centre, SQUEEZE)[0])
     t = np.linspace(0, 1, 40)[:, None]
-    sag = rng.normal(0.02, 0.008) * np.sin(np.pi * t) + rng.normal(0, 0.008) * np.sin(2 * np.pi * t)
+    sag = rng.normal(0.02, 0.004) * np.sin(np.pi * t) + rng.normal(0, 0.004) * np.sin(2 * np.pi * t)
     return ends[0] + t * (ends[1] - ends[0]) + (0, 1) * sag
 
 
@@ -90,22 +90,20 @@ def cable(scene, path, colour, fault):
 def paint(scene, fault=None):
     """Draws the connectors: good ones, or with a fault of LOGICAL or STRUCTURAL."""
     rng = scene.rng
-    scene.aim(0.006, 0.6, 0.008)
-    grey = np.array((0.76, 0.72, 0.70)) * rng.normal(1, 0.04)
-    background(scene, grey, grain=0.12, scale=6, blotch=0.05)
+    background(scene, (0.76, 0.72, 0.70))
     mesh(scene)
     n, hit = int(rng.choice((2, 3, 5))), rng.integers(2)     # hit: the side with the fault
     row, other = rng.permutation(n)[:2]
     odd = int(rng.choice([m for m in CABLES if m != n]))
     places = []                                              # (centre, angle, side) each
     for x, y, side in ((0.19, 0.48, 1), (0.80, 0.50, -1)):
-        centre = (x + rng.normal(0, 0.008), y + rng.normal(0, 0.012))
-        places.append((centre, rng.normal(0, 1.5), side))
+        centre = (x, y) + rng.normal(0, 0.003, 2)
+        places.append((centre, rng.normal(0, 0.5), side))
     clamps = [n, n]
     if fault == "unequal_connectors":
         clamps[hit] = odd
         row = min(row, odd - 1)
-    colour = np.array(CABLES[odd if fault == "wrong_cable_colour" else n]) * rng.normal(1, 0.08)
+    colour = np.array(CABLES[odd if fault == "wrong_cable_colour" else n]) * rng.normal(1, 0.02)
     rows = [(row, other if fault == "wrong_cable_location" else row)]    # a cable's two clamps
     if fault == "extra_cable":
         rows.append((other, other))
