@@ -11,6 +11,7 @@ from conftest import (TRAIN, checkpoint, command, learned_the_same, make_photos,
                       same, score_rows, trains)
 
 import eval as evaluation
+import options
 import runs
 from backbone import positions
 from data import InputError
@@ -26,7 +27,7 @@ def parse(*argv):
 @pytest.mark.parametrize("text, seeds", [("3", [3]), ("0-4", [0, 1, 2, 3, 4]),
                                          ("7,0-2,1", [7, 0, 1, 2])])
 def test_seeds_are_read(text, seeds):
-    assert runs.seed_list(text) == seeds
+    assert options.seed_list(text) == seeds
     for option in ("--seed", "--seeds"):
         assert parse("train", "--category", "x", option, text).seeds == seeds
 
@@ -38,14 +39,14 @@ def test_every_setting_is_an_option_of_train(field):
         typed = list(OPTIONS[field.name])[-1]
     option = f"--{field.name.replace('_', '-')}"
     args = parse("train", "--category", "x", option, str(typed))
-    assert runs.chosen_settings(args, Config) == {field.name: typed}
-    assert runs.chosen_settings(parse("train", "--category", "x"), Config) == {}
+    assert options.chosen_settings(args, Config) == {field.name: typed}
+    assert options.chosen_settings(parse("train", "--category", "x"), Config) == {}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_works(preset):
     cfg = Config(**PRESETS[preset])
-    runs.check_settings(cfg, OPTIONS, positions(cfg.image_size))
+    options.check_settings(cfg, OPTIONS, positions(cfg.image_size))
 
 
 @pytest.mark.parametrize("settings, option", [
@@ -61,7 +62,7 @@ def test_every_preset_works(preset):
 def test_settings_that_cannot_work_are_named(settings, option):
     cfg = Config(**settings)
     with pytest.raises(InputError, match=f"^{option} "):
-        runs.check_settings(cfg, OPTIONS, positions(cfg.image_size))
+        options.check_settings(cfg, OPTIONS, positions(cfg.image_size))
 
 
 def test_randomness_depends_on_its_key_alone():
