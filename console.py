@@ -83,8 +83,8 @@ def run_command(command,
         except OSError as error:
             if error.filename is None:               # standard output's
                 raise
-            tell(f"error: {printable(os.fsdecode(error.filename))}: {error.strerror}; check name "
-                 "and permissions")
+            tell(f"error: {printable(os.fsdecode(error.filename))}: cannot be used "
+                 f"({error.strerror}); check name and permissions")
             code = 2
         sys.stdout.flush()
         if unsaid:

@@ -217,7 +217,7 @@ def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
     list or "all". Draws the twin where there is no data."""
     asked = sorted(set(category.split(",")))
     root = Path(folder or "data/mvtec_loco_anomaly_detection")
-    there = [name for name in asked if (root / name).is_dir() or (name == "all" and root.is_dir())]
+    there = [name for name in asked if (root if name == "all" else root / name).is_dir()]
     if not folder and there and there != asked:
         raise InputError(f"--category {category}: of these {root} holds {', '.join(there)} only, "
                          "and photos and drawings are not mixed; name --data or fewer categories")
@@ -262,12 +262,21 @@ def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
     return sorted(photos, key=lambda p: (SPLITS.index(p.split), p.label, p.kind, p.path))
 
 
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder and all folders in it, and those that may not be read: `read` says why
+    of each."""
+    found = []
+    for place, _, names in os.walk(folder, onerror=lambda error: found.append(error.filename)):
+        found += [path for name in names if is_image(path := Path(place, name))]
+    return sorted(map(Path, found))
+
+
 def find_images(given: list[Path]) -> list[Path]:
     """Files as they are given, and the images of folders and of all folders in them, by name."""
     images = []
     for path in given:
         with readable():
-            inside = sorted(filter(is_image, path.rglob("*"))) if path.is_dir() else [path]
+            inside = images_below(path) if path.is_dir() else [path]
         if not inside:
             raise InputError(f"{path}: no images in this folder or below it")
         images += inside
@@ -435,6 +444,8 @@ def load_regions(photo: Photo, defects: dict[int, tuple[float, bool]] | None) ->
 
 def read(path: Path) -> bytes:
     with readable():
+        if path.is_dir():
+            os.listdir(path)                     # where that is forbidden, it is the better reason
         if not path.is_file():
             what = "is a folder, not a file" if path.is_dir() else "no such file"
             raise InputError(f"{path}: {what}; check the name")

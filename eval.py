@@ -469,7 +469,8 @@ def each_record(args, figures) -> tuple[list[dict], list[str]]:
     rows = []
     for record in records:
         try:
-            rows += figures(read_run(Path(record["run"])), record)
+            with data.readable():
+                rows += figures(read_run(Path(record["run"])), record)
         except InputError as error:
             problems.append(str(error))
     return rows, problems
@@ -503,12 +504,10 @@ def show(tables: list[tuple], problems: list[str], banner: str = "") -> int:
 def publish(name: str, args, tables: list[tuple], records, problems: list[str], banner="") -> int:
     """Prints tables and problems, and writes them and the records as JSON. -> exit code"""
     keys = ("banner", "title", "header", "rows")
-    try:
-        return show(tables, problems, banner)
-    finally:                            # where one of the two cannot be written, the other is
-        write_json(args.json or args.runs / f"{name}.json", {
-            "problems": problems, "records": records,
-            "tables": [dict(zip(keys, (banner, *table))) for table in tables]})
+    write_json(args.json or args.runs / f"{name}.json", {
+        "problems": problems, "records": records,
+        "tables": [dict(zip(keys, (banner, *table))) for table in tables]})
+    return show(tables, problems, banner)
 
 
 def parse(argv):

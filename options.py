@@ -62,9 +62,10 @@ def check_typed(typed: dict, cfg):
         if not getattr(cfg, f"{model}_epochs"):
             idle |= {f"{model}_{name}": f"--{model}-epochs 0" for name in (
                 "lr", "last_lr", "weight_decay", "clip", "drop", "drop_at", "warmup", "dropout")}
-    for name in typed.keys() & idle.keys():
-        raise InputError(f"--{name.replace('_', '-')} {typed[name]}: does nothing beside "
-                         f"{idle[name]}; leave it out")
+    for name, value in typed.items():
+        if name in idle:
+            raise InputError(f"--{name.replace('_', '-')} {value}: does nothing beside "
+                             f"{idle[name]}; leave it out")
 
 
 def check_settings(cfg, options: dict, side: int):
