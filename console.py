@@ -84,7 +84,7 @@ def run_command(command,
             if error.filename is None:               # standard output's
                 raise
             tell(f"error: {printable(os.fsdecode(error.filename))}: cannot be used "
-                 f"({error.strerror}); check name and permissions")
+                 f"({error.strerror}); check name and permissions, or name another")
             code = 2
         sys.stdout.flush()
         if unsaid:

@@ -64,11 +64,7 @@ def make_folder(folder: Path, option: str, photos: list[Path]):
     """Makes a folder for what is drawn of photos; it may not be theirs."""
     if folder.resolve() in {path.resolve().parent for path in photos}:
         raise InputError(f"{option} {folder}: holds the photos themselves; name another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{option} {folder}: cannot be made ({error.strerror}); name another "
-                         "folder") from None
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def in_batches(items, size: int):
@@ -128,8 +124,7 @@ def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
 
 def good_folder(split: Path) -> Path:
     """split/good, also where it is written Good."""
-    inside = split.iterdir() if split.is_dir() else ()
-    inside = [path for path in inside if path.name.lower() == "good"]
+    inside = [path for path in visible_folders(split) if path.name.lower() == "good"]
     return max(inside, default=split / "good")
 
 
@@ -509,15 +504,12 @@ def ahead(function, items, waiting: int = 16):
             return error
 
     items, queue = iter(items), deque()
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         queue.extend(pool.submit(attempt, item) for item in islice(items, waiting))
         while queue:
             result = queue.popleft().result()
             queue.extend(pool.submit(attempt, item) for item in islice(items, 1))
             yield result
-    finally:                       # after Ctrl-C, nobody waits for what nobody reads
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def load_images(paths, size: int):

@@ -781,9 +781,8 @@ def main(argv=None) -> int:
     def command() -> int:
         args = runs.parse(argv, Config, PRESETS, OPTIONS)
         return (train if args.command == "train" else predict)(args)
-    argv = sys.argv[1:] if argv is None else argv
-    return data.run_command(command, "stopped; what is printed is done" if argv[:1] == ["predict"]
-                            else "stopped; the same command goes on from the last checkpoint")
+    return data.run_command(command, "stopped; what is printed is done, and the same train command "
+                            "goes on from its last checkpoint")
 
 
 if __name__ == "__main__":

@@ -317,11 +317,8 @@ class Progress:
 def lock(folder: Path):
     """Makes the folder and holds it for this process. The system lets go when the process ends,
     however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -340,18 +337,13 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
     if not file.exists():
         return None
     state = load_checkpoint(file)
-    held = held_settings(state, defaults)
+    held = defaults | state["config"]
+    held["pdn"] = weights_name(held["pdn"])          # older versions kept it as it was typed
     for name, value in job.config().items():
         if name not in NOT_SETTINGS and held.get(name) != value:
             raise InputError(f"{job.out}: holds a run with {name} = {held.get(name)}, asked for "
                              f"{value}; choose another --out or delete the folder")
     return state
-
-
-def held_settings(state: dict, defaults: dict) -> dict:
-    """A checkpoint's settings, also those that came later than it."""
-    held = defaults | state["config"]
-    return held | {"pdn": weights_name(held["pdn"])}
 
 
 def saw_the_same(state: dict, other: dict) -> bool:
@@ -412,7 +404,8 @@ class Run:
         """Starts this run with what a finished one has learned, as far as their settings agree:
         HVQ-Trans, or both models."""
         state, mine = load_finished(source, "--take"), self.state["config"]
-        held = held_settings(state, defaults)
+        held = defaults | state["config"]
+        held["pdn"] = weights_name(held["pdn"])
         differ = {name for name in defaults if held[name] != mine[name]}
         why = ", ".join(sorted(differ - SCORE_SETTINGS - VIT_SETTINGS))
         if held["seed"] != self.seed:

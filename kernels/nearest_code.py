@@ -60,14 +60,6 @@ def _outputs(x, codebook):
 
 # ---- torch
 
-def _exact_products(device: str) -> torch.dtype:
-    """float32, or float64 where this process lets float32's products be TF32's or bfloat16's, whose
-    errors the margin cannot hold. That switch is only read: it is every thread's."""
-    backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
-    whole = backend.matmul.fp32_precision in ("ieee", "none")
-    return torch.float32 if whole else torch.float64
-
-
 def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks of rows whose scores fit in cache; memory does not grow with T."""
     (T, D), K = x.shape, len(codebook)
@@ -81,8 +73,12 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
     G = 32 * max(1, round(K**0.5 / 32))
     width = -(-K // G) * G
     longest = centred.square().sum(1).max().sqrt().float()
+    # Where this process lets float32's products be TF32's or bfloat16's, the margin cannot hold their
+    # errors, and float64's are taken. The switch itself is every thread's, so it is only read.
+    backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    whole = backend.matmul.fp32_precision in ("ieee", "none")
     # One more dimension, 1 in x and -||b||^2/2 in b, makes the score one product.
-    weight = centred.new_zeros(D + 1, width, dtype=_exact_products(x.device.type))
+    weight = centred.new_zeros(D + 1, width, dtype=torch.float32 if whole else torch.float64)
     weight[D] = -torch.inf
     weight[:D, :K], weight[D, :K] = centred.T, -centred.square().sum(1) / 2
     unit = (D + 8) * 2.0**-24  # D + 1 products and sums in any order; x, b and ||b||^2/2 rounded

@@ -206,7 +206,9 @@ def test_predict_stopped_by_ctrl_c_is_one_line(trained):
                                stderr=subprocess.PIPE)
     assert process.stdout.readline().split()[0] in ("good", "anomaly")
     process.send_signal(signal.SIGINT)
-    assert process.communicate()[1] == "\nstopped; what is printed is done\n"
+    assert process.communicate()[1] == (
+        "\nstopped; what is printed is done, and the same train command goes on from its last "
+        "checkpoint\n")
     assert process.returncode == 130
 
 

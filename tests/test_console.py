@@ -27,9 +27,9 @@ def run_code(body, shell='"$@"', cwd=None, **environment):
     ("raise InputError('a\\nb')", 2, "error: a\\nb\n"),
     ("raise KeyboardInterrupt", 130, "\nstopped here\n"),
     ("open('no\\nne')", 2, "error: no\\nne: cannot be used (No such file or directory); check name "
-     "and permissions\n"),
+     "and permissions, or name another\n"),
     ("os.listdir(b'\\xff')", 2, "error: \\udcff: cannot be used (No such file or directory); check "
-     "name and permissions\n"),
+     "name and permissions, or name another\n"),
     ("raise BrokenPipeError", 141, "")])
 def test_each_ending_has_its_exit_code_and_at_most_one_line(body, code, error):
     done = run_code(f"print('so far')\n{body}")
