@@ -64,7 +64,11 @@ def make_folder(folder: Path, option: str, photos: list[Path]):
     """Makes a folder for what is drawn of photos; it may not be theirs."""
     if folder.resolve() in {path.resolve().parent for path in photos}:
         raise InputError(f"{option} {folder}: holds the photos themselves; name another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option} {folder}: cannot be made ({error.strerror}); name another "
+                         "folder") from None
 
 
 def in_batches(items, size: int):

@@ -73,8 +73,8 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
     G = 32 * max(1, round(K**0.5 / 32))
     width = -(-K // G) * G
     longest = centred.square().sum(1).max().sqrt().float()
-    # Where this process lets float32's products be TF32's or bfloat16's, the margin cannot hold their
-    # errors, and float64's are taken. The switch itself is every thread's, so it is only read.
+    # Where this process lets float32's products be TF32's or bfloat16's, their errors are too large
+    # for the margin: float64 is taken. The switch is every thread's, so it is only read.
     backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
     whole = backend.matmul.fp32_precision in ("ieee", "none")
     # One more dimension, 1 in x and -||b||^2/2 in b, makes the score one product.

@@ -1,10 +1,12 @@
 """What all commands do alike: exit codes, and streams that are closed, full, or of few letters."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_data import loco, picture
 
 import console
 
@@ -19,7 +21,8 @@ def run_code(body, shell='"$@"', cwd=None, **environment):
     script = (f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom console import *\n"
               f"def command():\n{lines}sys.exit(run_command(command, 'stopped here'))\n")
     return subprocess.run(["sh", "-c", shell, "sh", sys.executable, "-c", script], cwd=cwd,
-                          env=os.environ | environment, capture_output=True, encoding="utf-8", errors="replace")
+                          env=os.environ | environment, capture_output=True, encoding="utf-8",
+                          errors="replace")
 
 
 @pytest.mark.parametrize("body, code, error", [
@@ -85,3 +88,49 @@ def test_only_a_command_hides_pillows_warnings():
                     "warnings.warn_explicit('of Pillow', UserWarning, 'x.py', 1, 'PIL.Image')\n"
                     "warnings.warn_explicit('another', UserWarning, 'x.py', 1, 'torch')\nreturn 0")
     assert done.returncode == 0 and "another" in done.stderr and "Pillow" not in done.stderr
+
+
+# A folder without permission
+
+def find_without_permission(folder, mode, find):
+    """`find`, an expression, in a process that may not read the folder. -> the process"""
+    # For root, permissions hold only without these capabilities.
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] * (os.geteuid() == 0)
+    if drop and not shutil.which("setpriv"):
+        pytest.skip("needs setpriv, or another user than root")
+    script = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; "
+              f"from pathlib import Path; sys.exit(data.run_command(lambda: print({find}) or 0))")
+    folder.chmod(mode)
+    try:
+        return subprocess.run([*drop, sys.executable, "-c", script], capture_output=True, text=True)
+    finally:
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o111, 0o444])
+@pytest.mark.parametrize("where", ["", "pushpins", "pushpins/train", "pushpins/train/good",
+                                   "pushpins/test", "pushpins/test/logical_anomalies",
+                                   "pushpins/validation"])
+def test_a_data_set_that_may_not_be_read_is_refused_or_read_whole(tmp_path, where, mode):
+    """Folders whose names are known may do without the permission to list them."""
+    root = loco(tmp_path / "photos", "pushpins").parent
+    find = "len(data.find_photos(root, *data.find_data(root, 'all')[1], 0))"
+    find = find.replace("root", f"Path({str(root)!r})")
+    whole = find_without_permission(root, 0o755, find)
+    done = find_without_permission(root / where, mode, find)
+    assert whole.returncode == 0 and done.returncode in (0, 2), done.stderr
+    if done.returncode:
+        assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith("error: ") and "(Permission denied)" in done.stderr
+    else:
+        assert done.stdout == whole.stdout
+
+
+def test_photos_in_a_folder_that_may_not_be_read_are_not_passed_over(tmp_path):
+    picture(tmp_path / "in/a.png")
+    picture(tmp_path / "closed/b.png")
+    images = f"data.load_images(data.find_images([Path({str(tmp_path)!r})]), 8)"
+    find = f"[str(image) for image in {images}]"
+    done = find_without_permission(tmp_path / "closed", 0o000, find)
+    assert done.returncode == 0 and f"{tmp_path}/closed: cannot be read (Perm" in done.stdout
+    assert done.stdout.count("cannot be read") == 1

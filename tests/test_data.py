@@ -3,7 +3,6 @@ import csv
 import errno
 import json
 import os
-import shutil
 import subprocess
 import sys
 import zlib
@@ -382,52 +381,6 @@ def test_what_another_process_has_drawn_meanwhile_is_used(tmp_path, monkeypatch)
 
     monkeypatch.setattr(data, "render", slower)
     assert data.find_data(None, "pushpins") == (Path("data/rendered"), ["pushpins"])
-
-
-# A folder without permission
-
-def find_without_permission(folder, mode, find):
-    """`find`, an expression, in a process that may not read the folder. -> the process"""
-    # For root, permissions hold only without these capabilities.
-    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] * (os.geteuid() == 0)
-    if drop and not shutil.which("setpriv"):
-        pytest.skip("needs setpriv, or another user than root")
-    script = (f"import sys; sys.path.insert(0, {str(Path(data.__file__).parent)!r}); import data; "
-              f"from pathlib import Path; sys.exit(data.run_command(lambda: print({find}) or 0))")
-    folder.chmod(mode)
-    try:
-        return subprocess.run([*drop, sys.executable, "-c", script], capture_output=True, text=True)
-    finally:
-        folder.chmod(0o755)
-
-
-@pytest.mark.parametrize("mode", [0o000, 0o111, 0o444])
-@pytest.mark.parametrize("where", ["", "pushpins", "pushpins/train", "pushpins/train/good",
-                                   "pushpins/test", "pushpins/test/logical_anomalies",
-                                   "pushpins/validation"])
-def test_a_data_set_that_may_not_be_read_is_refused_or_read_whole(tmp_path, where, mode):
-    """Folders whose names are known may do without the permission to list them."""
-    root = loco(tmp_path / "photos", "pushpins").parent
-    find = "len(data.find_photos(root, *data.find_data(root, 'all')[1], 0))"
-    find = find.replace("root", f"Path({str(root)!r})")
-    whole = find_without_permission(root, 0o755, find)
-    done = find_without_permission(root / where, mode, find)
-    assert whole.returncode == 0 and done.returncode in (0, 2), done.stderr
-    if done.returncode:
-        assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-        assert done.stderr.startswith("error: ") and "(Permission denied)" in done.stderr
-    else:
-        assert done.stdout == whole.stdout
-
-
-def test_photos_in_a_folder_that_may_not_be_read_are_not_passed_over(tmp_path):
-    picture(tmp_path / "in/a.png")
-    picture(tmp_path / "closed/b.png")
-    images = f"data.load_images(data.find_images([Path({str(tmp_path)!r})]), 8)"
-    find = f"[str(image) for image in {images}]"
-    done = find_without_permission(tmp_path / "closed", 0o000, find)
-    assert done.returncode == 0 and f"{tmp_path}/closed: cannot be read (Perm" in done.stdout
-    assert done.stdout.count("cannot be read") == 1
 
 
 # Checks

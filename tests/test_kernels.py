@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -252,29 +251,6 @@ def test_lowered_matmul_precision_changes_nothing():
         assert torch.get_float32_matmul_precision() == "medium" and torch.backends.mkldnn.enabled
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@not_interpreted
-def test_no_switch_of_the_process_is_touched():
-    """Threads that turn one off and on again may leave it off."""
-    def switches():
-        return (torch.backends.mkldnn.enabled, torch.backends.mkldnn.deterministic,
-                torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision())
-
-    class Within(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            seen.add(switches())
-            return function(*args, **(kwargs or {}))
-
-    seen, before = set(), switches()
-    with Within():
-        _torch_path(normal(100, 8), normal(16, 8))
-        nearest_code(normal(100, 8), normal(16, 8))
-    assert seen == {before} == {switches()}
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda seed: nearest_code(normal(64, 8, seed=seed), normal(16, 8)),
-                      range(200)))
-    assert switches() == before
 
 
 @not_interpreted
