@@ -14,7 +14,6 @@ from PIL import Image
 
 import data
 from data import InputError, Photo
-from twin import render
 
 ROOT = Path(data.__file__).resolve().parent
 LOCO_KINDS = ("good", "logical_anomalies", "structural_anomalies")
@@ -370,17 +369,6 @@ def test_without_data_the_twin_is_drawn_once(tmp_path, monkeypatch, capsys):
     assert data.find_data(None, "screw_bag") == (rendered, ["screw_bag"])
     refused(lambda: data.find_data(None, "pushpins,screw_bag"), "--category pushpins,screw_bag",
             "holds pushpins only")
-
-
-def test_what_another_process_has_drawn_meanwhile_is_used(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def slower(root, name):
-        (root / name / "train").mkdir(parents=True)
-        render.render(root, name)                    # finds the other one's folder
-
-    monkeypatch.setattr(data, "render", slower)
-    assert data.find_data(None, "pushpins") == (Path("data/rendered"), ["pushpins"])
 
 
 # Checks
