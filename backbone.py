@@ -7,9 +7,9 @@ features are computed once and kept, as float16, in the cache.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 from data import InputError
+from options import ROOT, SHIPPED
 from runs import Job, Progress, first_process_first, load_file
 
 FIELD, STRIDE, CHANNELS = 33, 4, 384   # receptive field and stride in pixels, d0
@@ -75,11 +76,9 @@ def save_heatmap(file: Path, path: Path, tokens: np.ndarray, image_size: int, ve
     sheet.paste(hot, (photo.width + 8, 0))
     font = ImageFont.load_default(text * 3 // 4)
     ImageDraw.Draw(sheet).text((text // 2, photo.height + text // 2), verdict, "black", font)
-    try:
-        sheet.save(file)
-    except OSError as error:
-        raise InputError(f"--heatmap {file.parent}: {file.name} cannot be saved "
-                         f"({error.strerror}); free some space or name another folder") from None
+    content = io.BytesIO()
+    sheet.save(content, "png")
+    data.write_whole(file, content.getvalue(), "free some space or give another --heatmap")
 
 
 # The network
@@ -118,7 +117,7 @@ def load_pdn(name: str, seed: int) -> tuple[nn.Sequential, str]:
             torch.manual_seed(seed)
             pdn = build_pdn("small").eval().requires_grad_(False)
             return pdn, "PDN small, random weights (control)"
-    path = Path(name) if Path(name).exists() else Path(__file__).parent / name
+    path = ROOT / name if name == SHIPPED else Path(name)
     if not path.is_file():
         raise InputError(f"--pdn {name}: no such file; leave the option out for the shipped "
                          "weights")
@@ -216,18 +215,19 @@ def channel_statistics(seen: torch.Tensor, rows: torch.Tensor, batch: int = 64):
 # The cache: one file a set of photos
 
 def cached_features(paths: list[Path], size: int, key: str, compute, shape: tuple[int, int],
-                    cache: Path, progress=lambda done: None):
+                    cache: Path, progress=lambda done: None, digests: list[bytes] = ()):
     """-> features (n, N, d0) float16, and why photos could not be read, path -> message: their rows
     are NaN. Computed once, then read from the folder `cache`.
 
     compute: uint8 (16, size, size, 3) -> (16, N, d0); shape: (N, d0). The file is named by all the
     photos' bytes, the size, the shape and `key`, which must change with the backbone's weights: so
     nothing stale is served. It is mapped, not kept: features may be larger than the memory.
+    digests: `photo_digests`, where they are known.
     """
     about = repr((CACHE_FORMAT, key, size, shape)).encode()
     name = hashlib.blake2b(about, digest_size=20)
-    for digest in data.ahead(lambda path: hashlib.blake2b(data.read(path)).digest(), paths):
-        name.update(b"unreadable" if isinstance(digest, InputError) else digest)
+    for digest in digests or photo_digests(paths):
+        name.update(digest)
     file, reasons = cache / f"{name.hexdigest()}.features", {}
     try:
         features = load_features(file, (len(paths), *shape))
@@ -241,6 +241,12 @@ def cached_features(paths: list[Path], size: int, key: str, compute, shape: tupl
         except InputError as error:
             reasons[paths[i]] = str(error)
     return features, reasons
+
+
+def photo_digests(paths: list[Path]) -> list[bytes]:
+    """Of each photo's bytes."""
+    found = data.ahead(lambda path: hashlib.blake2b(data.read(path)).digest(), paths)
+    return [b"unreadable" if isinstance(digest, InputError) else digest for digest in found]
 
 
 def load_features(file: Path, shape: tuple) -> np.ndarray:
@@ -272,8 +278,8 @@ def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], pr
         os.replace(unfinished, file)
         return load_features(file, (len(paths), *shape))
     except OSError as error:
-        print(f"warning: {file.parent}: features cannot be kept there ({error.strerror}); going on "
-              "without", file=sys.stderr)
+        data.tell(f"warning: {file.parent}: features cannot be kept there ({error.strerror}); "
+                  "going on without")
     finally:
         with suppress(OSError):
             unfinished.unlink()
@@ -305,20 +311,22 @@ def compute_features(paths, size: int, compute, shape: tuple[int, int], progress
 def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixels: bool, device,
                   cache: Path):
     """-> what `look` gives of the photos (n, N, d0 or d0 + 48), the photos that can be read, and
-    their rows in it. Each of the others costs a warning. Raises InputError where a category has no
-    training or no validation photo left."""
+    their rows in it, and a fingerprint of the bytes of the training photos and the weights. Each
+    photo that cannot be read costs a warning. Raises InputError where a category has no training
+    or no validation photo left."""
     key = hashlib.blake2b(digest_size=16)
     for weight in pdn.state_dict().values():
         key.update(weight.cpu().contiguous().numpy().tobytes())
     pdn = pdn.to(device, memory_format=torch.channels_last)
     # Sorted: seeds hold out other photos for validation, and shall share one file.
     paths, shape = sorted(photo.path for photo in photos), (grid ** 2, CHANNELS + PATCH * pixels)
+    digests = photo_digests(paths)
     seen, reasons = cached_features(
         paths, image_size, key.hexdigest(),
         lambda images: look(pdn, images, grid, pixels, device).cpu().numpy(), shape, cache,
-        Progress("features", len(paths), "photos"))
+        Progress("features", len(paths), "photos"), digests)
     for reason in reasons.values():
-        print(f"warning: {reason}", file=sys.stderr)
+        data.tell(f"warning: {reason}")
     left = [photo for photo in photos if photo.path not in reasons]
     for name in sorted({photo.category for photo in photos}):
         splits = {photo.split for photo in left if photo.category == name}
@@ -326,13 +334,17 @@ def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixe
             raise InputError(f"{name}: no training or no validation photo is left that can be "
                              "read; see the warnings above")
     row = {path: number for number, path in enumerate(paths)}
-    return torch.from_numpy(seen), left, torch.tensor([row[photo.path] for photo in left])
+    fingerprint = hashlib.blake2b(f"{CACHE_FORMAT} {key.hexdigest()}".encode(), digest_size=20)
+    for photo in left:
+        fingerprint.update(digests[row[photo.path]] if photo.split == "train" else b"")
+    rows = torch.tensor([row[photo.path] for photo in left])
+    return torch.from_numpy(seen), left, rows, fingerprint.hexdigest()
 
 
 def load_data_set(job: Job):
     """Finds, checks and counts the photos of a run, and gets their features. -> photos, those for
-    training first; how many these are; `Features` of all; the PDN; how many photos could not be
-    read."""
+    training first; how many these are; `Features` of all; what `Run.hold` keeps; how many photos
+    could not be read."""
     cfg, root, device = job.cfg, job.root, job.device
     if job.cache.is_file():
         raise InputError(f"--cache {job.cache}: is a file; name a folder")
@@ -343,15 +355,17 @@ def load_data_set(job: Job):
     photos.sort(key=lambda photo: data.SPLITS.index(photo.split))
     data.check_test_split(photos)
     note = " (RENDERED, not photographs)" if job.config()["rendered"] else ""
-    print(f"data: {root}{note}\n{data.count_table(photos)}")
+    data.say(f"data: {data.printable(str(root))}{note}\n{data.count_table(photos)}")
     for warning in data.check_photos(photos, root):
-        print(f"warning: {data.printable(warning)}", file=sys.stderr)
-    print(f"backbone: {description}; device: {device}", flush=True)
+        data.tell(f"warning: {data.printable(warning)}")
+    data.say(f"backbone: {data.printable(description)}; device: {device}")
     with first_process_first():
-        seen, left, rows = find_features(photos, pdn, cfg.image_size, cfg.grid,
-                                         cfg.target == "pixel", device, job.cache)
+        seen, left, rows, fingerprint = find_features(photos, pdn, cfg.image_size, cfg.grid,
+                                                      cfg.target == "pixel", device, job.cache)
     n = sum(photo.split == "train" for photo in left)
     if seen.nbytes < 2 ** 33:                        # more stays here, and travels batch by batch
         seen = seen.to(device)
-    features = Features(seen, *channel_statistics(seen, rows[:n]), device, rows)
-    return left, n, features, pdn, len(photos) - len(left)
+    mean, std = channel_statistics(seen, rows[:n])
+    fixed = {"fingerprint": fingerprint, "pdn": pdn.state_dict(), "mean": mean.cpu(),
+             "std": std.cpu()}
+    return left, n, Features(seen, mean, std, device, rows), fixed, len(photos) - len(left)

@@ -1,17 +1,15 @@
 """Photos for LADMIM: where data sets keep them, and how they are read.
 
-It opens with what every other file needs: errors, files, commands.
+It opens with what other files need, too: reading and writing that may fail.
 """
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import io
 import json
 import os
 import sys
-import warnings
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from twin.render import RENDERED_MARK, SCENES, TwinError, render
+from console import InputError, Parser, printable, run_command, say, tell  # noqa: F401
+from twin.render import RENDERED_MARK, SCENES, render
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif",
             ".ppm", ".pgm", ".pbm")
@@ -31,22 +30,8 @@ SPLITS = ("train", "validation", "test")
 VALIDATION = ("validation", "valid", "val")          # MVTec LOCO's name first, then BMAD's
 REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 
-warnings.filterwarnings("ignore", module=r"PIL\.")   # bad files are reported by name instead
 
-
-# Errors, files, commands
-
-def printable(text: str) -> str:
-    """Escapes line breaks, terminal codes and bytes that are no UTF-8: file names may hold them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
-
-
-class InputError(Exception):
-    """What the user gave cannot be used: one line that names it and says what to do."""
-    def __str__(self):
-        return printable(super().__str__())
-
+# Files
 
 @contextmanager
 def readable():
@@ -73,30 +58,6 @@ def write_whole(path: Path, content: bytes,
             beside.unlink()
         raise InputError(f"{path}: could not be saved ({error.strerror}); what was saved before "
                          f"is intact: {remedy}") from None
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
-def run_command(command,
-                stopped="stopped; the same command goes on with what was finished") -> int:
-    """The exit code of command(): what it returns, 2 for an InputError, 130 for Ctrl-C."""
-    try:
-        try:
-            code = command()
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            print(f"\n{stopped}", file=sys.stderr)
-            code = 130
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:                  # whoever read the output left, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # no complaint at exit
-        return 141
 
 
 def make_folder(folder: Path, option: str, photos: list[Path]):
@@ -144,6 +105,13 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(filter(is_image, folder.iterdir())) if folder.is_dir() else []
 
 
+def visible_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name. Unlike a glob, it does not pass over what it may not read.
+    """
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in inside if not path.name.startswith(".") and path.is_dir()]
+
+
 def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
     """Ground truth of a test photo (name without suffix): MVTec LOCO's folder of PNGs, MVTec AD's
     NAME_mask.png, or a file of the photo's own name in ground_truth/KIND or, as BMAD has it, in
@@ -160,7 +128,7 @@ def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
 
 def good_folder(split: Path) -> Path:
     """split/good, also where it is written Good."""
-    inside = [path for path in split.glob("*") if path.name.lower() == "good"]
+    inside = [path for path in visible_folders(split) if path.name.lower() == "good"]
     return max(inside, default=split / "good")
 
 
@@ -176,7 +144,7 @@ def folder_layout(folder: Path) -> list[Photo]:
     if images_in(test):
         raise InputError(f"{test}: photos lie in it directly; move them into its folders good and "
                          "NAME_OF_DEFECT")
-    for kind in sorted(filter(Path.is_dir, test.glob("[!.]*"))):
+    for kind in visible_folders(test):
         good, images = kind.name.lower() == "good", images_in(kind)
         if not images and any(not path.name.startswith(".") for path in kind.iterdir()):
             raise InputError(f"{kind}: holds files, but no photos; put photos directly into it")
@@ -232,8 +200,8 @@ def list_categories(root: Path) -> list[str]:
         if not root.is_dir():
             raise InputError(f"--data {root}: no such folder; name the folder that holds the "
                              "category folders")
-        names = sorted(path.name for path in root.glob("[!.]*") if path.is_dir()
-                       and any(fits(path) for fits, _ in LAYOUTS))
+        names = [path.name for path in visible_folders(root)
+                 if any(fits(path) for fits, _ in LAYOUTS)]
         if not names and (root / "train").is_dir():
             raise InputError(f"--data {root}: is a category; name its parent and --category "
                              f"{root.resolve().name}")
@@ -248,16 +216,20 @@ def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
     list or "all". Draws the twin where there is no data."""
     asked = sorted(set(category.split(",")))
     root = Path(folder or "data/mvtec_loco_anomaly_detection")
-    there = root.is_dir() if asked == ["all"] else all((root / name).is_dir() for name in asked)
+    there = [name for name in asked if (root if name == "all" else root / name).is_dir()]
+    if not folder and there and there != asked:
+        raise InputError(f"--category {category}: of these {root} holds {', '.join(there)} only, "
+                         "and photos and drawings are not mixed; name --data or fewer categories")
     if not folder and not there:
         root = Path("data/rendered")
         for name in SCENES if asked == ["all"] else asked:
             if not (root / name).is_dir():
-                print(f"data: none given, so the rendered twin of {name} is drawn", flush=True)
+                say(f"data: none given, so the rendered twin of {name} is drawn")
                 try:
                     render(root, name)
-                except TwinError as error:
-                    raise InputError(str(error)) from None
+                except InputError:       # or another process was faster: it drew the same
+                    if not (root / name).is_dir():
+                        raise
     return root, list_categories(root) if asked == ["all"] else asked
 
 
@@ -289,12 +261,21 @@ def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
     return sorted(photos, key=lambda p: (SPLITS.index(p.split), p.label, p.kind, p.path))
 
 
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder and all folders in it, and those that may not be read: `read` says why
+    of each."""
+    found = []
+    for place, _, names in os.walk(folder, onerror=lambda error: found.append(error.filename)):
+        found += [path for name in names if is_image(path := Path(place, name))]
+    return sorted(map(Path, found))
+
+
 def find_images(given: list[Path]) -> list[Path]:
     """Files as they are given, and the images of folders and of all folders in them, by name."""
     images = []
     for path in given:
         with readable():
-            inside = sorted(filter(is_image, path.rglob("*"))) if path.is_dir() else [path]
+            inside = images_below(path) if path.is_dir() else [path]
         if not inside:
             raise InputError(f"{path}: no images in this folder or below it")
         images += inside
@@ -327,15 +308,15 @@ def by_category(photos: list[Photo]) -> dict[str, list[Photo]]:
 
 def count_table(photos: list[Photo]) -> str:
     """Counts of every category and split, as text."""
-    width = max([8, *(len(photo.category) for photo in photos)])
+    width = max([8, *(len(printable(photo.category)) for photo in photos)])
     lines = [f"{'category':{width}}  train  validation  test good  test anomalies  with mask"]
     for category, mine in by_category(photos).items():
         n = Counter((photo.split, photo.label) for photo in mine)
         kinds = Counter(photo.kind for photo in mine if photo.label)
         masks = sum(bool(photo.masks) for photo in mine)
-        lines.append(f"{category:{width}}  {n['train', 0]:5}  {n['validation', 0]:10}  "
+        lines.append(f"{printable(category):{width}}  {n['train', 0]:5}  {n['validation', 0]:10}  "
                      f"{n['test', 0]:9}  {kinds.total():14}  {masks:9}  "
-                     + ", ".join(f"{kind} {count}" for kind, count in kinds.items()))
+                     + ", ".join(f"{printable(kind)} {count}" for kind, count in kinds.items()))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -461,10 +442,12 @@ def load_regions(photo: Photo, defects: dict[int, tuple[float, bool]] | None) ->
 # Images
 
 def read(path: Path) -> bytes:
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "no such file"
-        raise InputError(f"{path}: {what}; check the name")
     with readable():
+        if path.is_dir():
+            os.listdir(path)                     # where that is forbidden, it is the better reason
+        if not path.is_file():
+            what = "is a folder, not a file" if path.is_dir() else "no such file"
+            raise InputError(f"{path}: {what}; check the name")
         content = path.read_bytes()
     if not content:
         raise InputError(f"{path}: the file is empty; replace or remove it")
@@ -539,5 +522,5 @@ def load_images(paths, size: int):
 
 
 if __name__ == "__main__":
-    print("error: data.py is no command; python twin/render.py draws the twin", file=sys.stderr)
+    tell("error: data.py is no command; python twin/render.py draws the twin")
     sys.exit(2)

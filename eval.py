@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ ANY = "any defect"                      # a column: data whose defects have othe
 DETECTORS = {"hvq": "HVQ alone", "mim": "MIM alone", "both": "both"}
 PERCENTILE = 95                         # of the validation normals: a score above it is an anomaly
 GROUP = ("preset", "commit", "trained on")    # runs of one data set that agree here differ in seed
+RUNS = Path("runs")
 REPORTED = Path(__file__).parent / "bench" / "reported_results.json"
 STANDARDISED = "scores standardised with mean and population std of the validation normals only"
 LEAKS = ("LEAKS: scores standardised with mean and std of the whole test set, anomalies included; "
@@ -89,10 +91,13 @@ def find_runs(folders: list[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; name a run or a folder of runs")
-        for name in ("config.json", "checkpoint.pt", "scores.csv"):
-            for file in folder.rglob(name):
-                if "ablations" not in file.relative_to(folder).parts:
-                    runs[file.parent.resolve()] = file.parent
+        found = []                      # also what may not be read: `read_run` says so of each
+        for place, _, names in os.walk(folder, onerror=lambda error: found.append(error.filename)):
+            if {"config.json", "checkpoint.pt", "scores.csv"} & set(names):
+                found.append(place)
+        for place in map(Path, found):
+            if "ablations" not in place.relative_to(folder).parts:
+                runs[place.resolve()] = place
     return sorted(runs.values())
 
 
@@ -137,8 +142,9 @@ def read_scores(file: Path) -> list[tuple]:
 
 def read_run(folder: Path) -> ScoredRun:
     config = read_config(folder / "config.json")
-    if not (folder / "scores.csv").exists():
-        raise InputError(f"{folder} is unfinished: go on with the command that began it")
+    with data.readable():
+        if not (folder / "scores.csv").exists():
+            raise InputError(f"{folder} is unfinished: go on with the command that began it")
     return ScoredRun(folder, config, *map(np.array, zip(*read_scores(folder / "scores.csv"))))
 
 
@@ -411,7 +417,7 @@ def cell_text(cell) -> str:
         return " / ".join(map(cell_text, cell))
     if isinstance(cell, Spread):
         return f"{100 * cell.mean:.1f}" + ("" if cell.std is None else f" ± {100 * cell.std:.1f}")
-    return "–" if cell is None else cell
+    return "–" if cell is None else data.printable(cell)
 
 
 def markdown(title: str, header: list, rows: list, banner: str = "") -> str:
@@ -440,12 +446,16 @@ def add_runs(parser: argparse.ArgumentParser, output: str = "--json") -> None:
     """The options that name runs, and the file to write."""
     parser.add_argument("paths", nargs="*", type=Path, metavar="RUN_OR_FOLDER",
                         help="default: every run under --runs")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="default: runs")
     parser.add_argument(output, type=Path, metavar="FILE", help="default: in the folder of runs")
 
 
 def chosen_runs(args) -> list[Path]:
     """The run folders that the options of `add_runs` name; at least one."""
+    file = getattr(args, "json", None) or getattr(args, "out", None)
+    if args.paths and file and args.runs != RUNS:
+        raise InputError(f"--runs {args.runs}: does nothing beside RUN_OR_FOLDER and {file}; leave "
+                         "it out")
     folders = find_runs(args.paths or ([args.runs] if args.runs.exists() else []))
     if not folders:
         raise InputError(f"no runs under {', '.join(map(str, args.paths or [args.runs]))}: "
@@ -459,7 +469,8 @@ def each_record(args, figures) -> tuple[list[dict], list[str]]:
     rows = []
     for record in records:
         try:
-            rows += figures(read_run(Path(record["run"])), record)
+            with data.readable():
+                rows += figures(read_run(Path(record["run"])), record)
         except InputError as error:
             problems.append(str(error))
     return rows, problems
@@ -486,7 +497,7 @@ def show(tables: list[tuple], problems: list[str], banner: str = "") -> int:
         texts = [markdown(*table, banner) for table in tables]
         print("\n\n".join([PROTOCOL.format(banner or STANDARDISED), *texts]))
     for problem in problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        data.tell(f"warning: {problem}")
     return 1 if problems else 0
 
 
@@ -523,5 +534,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")    # a terminal that has no "±" still gets its table
     sys.exit(main())

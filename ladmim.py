@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 import data
 import eval as evaluation
+import options
 import runs
 from backbone import (PATCH, Features, load_data_set, load_pdn, look, pdn_from_state, positions,
                       save_heatmap)
@@ -50,7 +51,7 @@ class Config:
     (SkyShunsuke/LADMIM), HVQ-Trans's (TSTB-dev/HVQ-Trans), or ours, where all are silent."""
     image_size: int = 224              # pixels a side, whatever shape a photo has
     grid: int = 24                     # tokens a side; N = grid ** 2
-    pdn: str = "weights/pdn_small.pt"  # file of PDN weights, or "random" as the control [ours]
+    pdn: str = options.SHIPPED         # file of PDN weights, or "random" as the control [ours]
     precision: str = "fp32"            # of both models' products; codes are searched in fp32 [ours]
 
     tokenizer: str = "paper"           # or "published": `published.PublishedHVQ`
@@ -610,18 +611,19 @@ def train_run(job: Job) -> int:
     read."""
     cfg, defaults = job.cfg, dataclasses.asdict(Config())
     runs.begun_state(job, defaults)                  # another run's folder is refused at once
-    photos, n, features, pdn, bad = load_data_set(job)
+    photos, n, features, fixed, bad = load_data_set(job)
     run = Run(job, defaults)                         # no folder before the photos can be read
-    run.hold(pdn=pdn.state_dict(), mean=features.mean.cpu(), std=features.std.cpu())
+    run.hold(**fixed)
     if job.take and not run.state["stage"]:
         run.take_over(job.take, defaults)
+    features.mean, features.std = (run.state[name].to(job.device) for name in ("mean", "std"))
     hvq = train_hvq(run, cfg, features, n)
     mim = train_mim(run, cfg, hvq, features, n)
     paths = {photo.path.relative_to(job.root).as_posix() for photo in photos[n:]}
     if runs.as_first(run.state["stage"] != "done" or evaluation.scored_paths(job.out) != paths):
         score_photos(run, job, photos, hvq, mim, features)
     if run.writes:
-        print(f"run: {run.folder}\n{evaluation.run_table(run.folder)}")
+        data.say(f"run: {data.printable(str(run.folder))}\n{evaluation.run_table(run.folder)}")
     return 1 if bad else 0
 
 
@@ -676,8 +678,10 @@ def train(args) -> int:
     """Every run asked for, in turn. Exit code 1 where a photo could not be read."""
     device = runs.pick_device(args.device)
     preset = args.preset or ("fast" if device.type == "cuda" else "tiny")
-    cfg = Config(**PRESETS[preset] | runs.chosen_settings(args, Config))
-    runs.check_settings(cfg, OPTIONS, positions(cfg.image_size))
+    typed = options.chosen_settings(args, Config)
+    cfg = Config(**PRESETS[preset] | typed)
+    options.check_settings(cfg, OPTIONS, positions(cfg.image_size))
+    options.check_typed(typed, cfg)
     load_pdn(cfg.pdn, args.seeds[0])                 # a wrong file is best named before all else
     with runs.joined(device):
         with runs.first_process_first():
@@ -751,7 +755,7 @@ def predict(args) -> int:
         unreadable = [image for *_, image in batch if isinstance(image, InputError)]
         batch = [item for item in batch if not isinstance(item[2], InputError)]
         for error in unreadable:
-            print(f"error: {error}", file=sys.stderr)
+            data.tell(f"error: {error}")
         bad += len(unreadable)
         judged = detector(np.stack([image for *_, image in batch])) if batch else ()
         for (path, name, _), structural, logical, score, heat in zip(batch, *judged):
@@ -777,7 +781,8 @@ def main(argv=None) -> int:
     def command() -> int:
         args = runs.parse(argv, Config, PRESETS, OPTIONS)
         return (train if args.command == "train" else predict)(args)
-    return data.run_command(command, "stopped; the same command goes on from the last checkpoint")
+    return data.run_command(command, "stopped; what is printed is done, and the same train command "
+                            "goes on from its last checkpoint")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,7 +24,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import RENDERED_MARK, InputError, Parser, write_whole
+from data import RENDERED_MARK, InputError, Parser, tell, write_whole
+from options import seed_list, weights_name
 
 try:
     import fcntl
@@ -75,6 +75,8 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
     """A run for each seed, with --separate for each category, too."""
     called = "all" if args.category == "all" and not args.separate else ""
     groups = [[name] for name in names] if args.separate else [names]
+    if args.separate and args.category != "all" and len(names) == 1:
+        raise InputError("--separate: does nothing beside one --category; leave it out")
     jobs = [Job(cfg, preset, root, group, device, seed, called, args.out, args.cache, args.take)
             for group in groups for seed in args.seeds]
     if args.out and len(jobs) > 1:
@@ -120,61 +122,6 @@ def parse(argv, config_class, presets: dict, options: dict) -> argparse.Namespac
     for command in (train, predict):
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU, if any")
     return parser.parse_args(argv)
-
-
-def seed_list(text: str) -> list[int]:
-    """ "3", "0-4" or "0,3,7" -> the seeds."""
-    seeds = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < first + 1000:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a seed (0 or more), a range as in "
-                                             "0-4 or a list as in 0,3,7")
-        seeds |= dict.fromkeys(range(first, last + 1))
-    return list(seeds)
-
-
-def chosen_settings(args, config_class) -> dict:
-    """The settings that were typed."""
-    typed = {field.name: getattr(args, field.name) for field in dataclasses.fields(config_class)}
-    return {name: value for name, value in typed.items() if value is not None}
-
-
-def check_settings(cfg, options: dict, side: int):
-    """Raises InputError for a setting that cannot work, naming its option. side: positions of the
-    backbone's output at this image size."""
-    def check(name: str, fine: bool, why: str):
-        if not fine:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
-
-    tokens = cfg.grid ** 2
-    for name, value in dataclasses.asdict(cfg).items():
-        if name in options:
-            check(name, value in options[name], f"must be one of {', '.join(options[name])}")
-        if isinstance(value, float):
-            check(name, math.isfinite(value) and value >= 0, "must be a number from 0 up")
-        if isinstance(value, int):
-            least = 0 if name.endswith("epochs") or name == "mim_warmup" else 1
-            check(name, value >= least, "too small")
-        if name.endswith(("_ratio", "_block")):
-            share = name.endswith("ratio")
-            check(name, 0 < value <= 1 and not (share and not round(value * tokens)),
-                  f"a share of the {tokens} tokens, above 0 and at most 1; at least one token")
-        if name.endswith("dropout") or name == "ema_decay":
-            check(name, value < 1, "must be below 1")
-    for model in ("hvq", "mim"):
-        fits = getattr(cfg, f"{model}_width") % getattr(cfg, f"{model}_heads") == 0
-        check(f"{model}_heads", fits, f"must divide --{model}-width")
-    check("codes", cfg.codes <= 2 ** 15, f"at most {2 ** 15}")
-    check("grid", side >= cfg.grid and side % cfg.grid == 0,
-          f"must divide the backbone's {max(side, 0)} positions at --image-size {cfg.image_size}")
-    check("grid", cfg.mask != "checkerboard" or cfg.grid % 12 == 0,
-          "--mask checkerboard needs a multiple of 12")
-    check("mim_score", cfg.mim_score != "whitened" or cfg.target == "histogram",
-          f"--target {cfg.target} has no histograms to measure; add --mim-score mean")
-    check("mim_score", cfg.mim_score != "whitened" or cfg.levels * cfg.codes <= 512,
-          "needs --levels times --codes at most 512 (a matrix a mask); choose mean or fewer")
 
 
 # Machine
@@ -364,17 +311,14 @@ class Progress:
         line = (f"{self.label}: {done}/{self.total} {self.unit}, {rate:.3g}/s, "
                 f"{(self.total - done) / max(rate, 1e-9):.0f} s left{note and ', ' + note}")
         end = "" if tty and done < self.total else "\n"
-        print(f"\r{line[:118]:<118}" if tty else line, end=end, file=sys.stderr, flush=True)
+        tell(f"\r{line[:118]:<118}" if tty else line, end)
 
 
 def lock(folder: Path):
     """Makes the folder and holds it for this process. The system lets go when the process ends,
     however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
-    except OSError as error:
-        raise InputError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -394,11 +338,21 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
         return None
     state = load_checkpoint(file)
     held = defaults | state["config"]
+    held["pdn"] = weights_name(held["pdn"])          # older versions kept it as it was typed
     for name, value in job.config().items():
         if name not in NOT_SETTINGS and held.get(name) != value:
             raise InputError(f"{job.out}: holds a run with {name} = {held.get(name)}, asked for "
                              f"{value}; choose another --out or delete the folder")
     return state
+
+
+def saw_the_same(state: dict, other: dict) -> bool:
+    """Whether two states are of the same training photos and backbone. Runs from before there were
+    fingerprints tell it by the moments of their features, which other processors round otherwise.
+    """
+    if "fingerprint" in state and "fingerprint" in other:
+        return state["fingerprint"] == other["fingerprint"]
+    return all(torch.allclose(state[name], other[name], atol=1e-4) for name in ("mean", "std"))
 
 
 class Run:
@@ -438,32 +392,31 @@ class Run:
         self.write_metrics()
 
     def hold(self, **fixed):
-        """Puts the backbone and the moments of its features into the state. A run that has them
-        already goes on only with the same moments."""
-        for name in ("mean", "std"):
-            held = self.state.get(name)
-            if held is not None and not torch.equal(held, fixed[name]):
-                raise InputError(f"{self.folder}: the training photos or the backbone changed "
-                                 "since this run began, or another version held out other photos "
-                                 "for validation; choose another --out or delete the folder")
-        self.state.update(fixed)
+        """Puts the backbone, its features' moments and their fingerprint into the state. A run
+        that has them keeps them, and goes on only with the same photos and weights."""
+        if "mean" in self.state and not saw_the_same(self.state, fixed):
+            raise InputError(f"{self.folder}: the training photos or the backbone changed since "
+                             "this run began, or another version held out other photos for "
+                             "validation; choose another --out or delete the folder")
+        self.state = fixed | self.state
 
     def take_over(self, source: Path, defaults: dict):
         """Starts this run with what a finished one has learned, as far as their settings agree:
         HVQ-Trans, or both models."""
         state, mine = load_finished(source, "--take"), self.state["config"]
         held = defaults | state["config"]
+        held["pdn"] = weights_name(held["pdn"])
         differ = {name for name in defaults if held[name] != mine[name]}
         why = ", ".join(sorted(differ - SCORE_SETTINGS - VIT_SETTINGS))
         if held["seed"] != self.seed:
             why = why or "its seed"
-        if not all(torch.equal(state[name], self.state[name]) for name in ("mean", "std")):
+        if not saw_the_same(state, self.state):
             why = why or "its photos or backbone"
         if why:
             raise InputError(f"--take {source}: differs from this run in {why}; leave the option "
                              "out")
         stages = ("hvq",) if differ - SCORE_SETTINGS else ("hvq", "mim")
-        self.state.update({stage: state[stage] for stage in stages},
+        self.state.update({part: state[part] for part in (*stages, "mean", "std")},
                           stage="taken whole" if len(stages) == 2 else "hvq taken",
                           metrics=[one for one in state["metrics"] if one["stage"] in stages])
         self.write_metrics()
@@ -539,8 +492,7 @@ class Run:
             if self.asked_to_stop:
                 raise KeyboardInterrupt
             self.asked_to_stop = True
-            print("\nstopping after this epoch; Ctrl-C again stops at once", file=sys.stderr,
-                  flush=True)
+            tell("\nstopping after this epoch; Ctrl-C again stops at once")
 
         self.asked_to_stop = False
         before = signal.signal(signal.SIGINT, interrupted)

@@ -23,6 +23,7 @@ import backbone  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ladmim  # noqa: E402
+import options  # noqa: E402
 import runs  # noqa: E402
 
 # Name -> the settings of each row.
@@ -62,8 +63,8 @@ def train(job: runs.Job) -> Path:
         held = vars(ladmim.Config()) | state["config"]
         if state["stage"] == "done" and vars(job.cfg).items() <= held.items():
             return job.out
-    runs.check_settings(job.cfg, ladmim.OPTIONS, backbone.positions(job.cfg.image_size))
-    print(f"{job.out}", file=sys.stderr, flush=True)
+    options.check_settings(job.cfg, ladmim.OPTIONS, backbone.positions(job.cfg.image_size))
+    data.tell(data.printable(str(job.out)))
     with contextlib.redirect_stdout(sys.stderr):     # standard output is the table's
         ladmim.train_run(job)
     return job.out
@@ -138,7 +139,8 @@ def parse(argv):
     parser = data.Parser(prog="bench/ablations.py", description="The paper's ablations.")
     parser.add_argument("name", choices=ABLATIONS)
     parser.add_argument("--category", default="all")
-    parser.add_argument("--seeds", type=runs.seed_list, default=[0], help="as in 0-4 (default 0)")
+    parser.add_argument("--seeds", type=options.seed_list, default=[0],
+                        help="as in 0-4 (default 0)")
     parser.add_argument("--preset", choices=ladmim.PRESETS, default="tiny")
     parser.add_argument("--data", help="the folder that holds the category folders")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")

@@ -80,8 +80,8 @@ def compare(scored: evaluation.ScoredRun, ours: dict, cache: Path) -> list[dict]
     detector = ladmim.load_detector(scored.folder, ours["category"], runs.pick_device(None))
     cfg, device = detector.cfg, detector.mean.device
     photos = data.find_photos(Path(scored.config.get("root", "")), ours["category"], ours["seed"])
-    seen, photos, rows = backbone.find_features(photos, detector.pdn, cfg.image_size, cfg.grid,
-                                                False, device, cache)
+    seen, photos, rows, _ = backbone.find_features(photos, detector.pdn, cfg.image_size, cfg.grid,
+                                                   False, device, cache)
     features = backbone.Features(seen, detector.mean, detector.std, device, rows)
     train, test = (torch.tensor([i for i, photo in enumerate(photos) if photo.split == split])
                    for split in ("train", "test"))

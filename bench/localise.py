@@ -210,5 +210,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")    # a terminal that has no "±" still gets its table
     sys.exit(main())

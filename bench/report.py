@@ -174,8 +174,9 @@ def page(records: list[dict]) -> str:
     for members in evaluation.grouped(records, *keys).values():
         first = min(members, key=lambda record: record["seed"])
         try:
-            scored = evaluation.read_run(Path(first["run"]))
-            section = category_section(scored, first["category"])
+            with data.readable():
+                scored = evaluation.read_run(Path(first["run"]))
+                section = category_section(scored, first["category"])
         except InputError as error:
             section = f"<p>No pictures: {html.escape(str(error))}</p>"
         title = (f"{evaluation.data_title(first)}: {first['category']}, {first['preset']}, "

@@ -92,7 +92,7 @@ def measure(functions: dict, device: str, seconds: float) -> dict:
             memory[name] = peak_memory(function, device)
             times[name] = []
         except Exception as error:  # a compiler that is missing or does not fit
-            print(f"  {name}: not available ({type(error).__name__})", file=sys.stderr)
+            data.tell(f"  {name}: not available ({type(error).__name__})")
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or min(map(len, times.values())) < 5:
         for name in times:
@@ -121,7 +121,7 @@ def roofline(device: str, seconds: float) -> dict:
 def kernel_rows(row: dict, result: dict, flops: float, moved: int, ceiling: dict) -> list:
     """The row for each variant: its speed as a multiple of the fastest plain version's, and how
     near it comes to the roofline. moved: bytes."""
-    print(f"  {row['kernel']} {row['shape']}, {row['mode']}", file=sys.stderr)
+    data.tell(f"  {row['kernel']} {row['shape']}, {row['mode']}")
     floor = max(flops / ceiling["flops"], moved / ceiling["bytes"])
     plain = [r["median"] for name, r in result.items() if name != "kernels"]
     best = min(plain, default=float("nan"))
@@ -205,7 +205,7 @@ def step_rows(steps: dict, detector, device: str, seconds: float) -> list:
         for way, r in result.items():
             rows.append({"step": step, "variant": way, "an image": each[way],
                          "images": ways[way][0], "ratio": each[way] / each["ours"], **r})
-        print(f"  {step}", file=sys.stderr)
+        data.tell(f"  {step}")
     return rows
 
 
@@ -255,7 +255,7 @@ def report(results: dict) -> str:
 
 def parse(argv) -> argparse.Namespace:
     parser = data.Parser(prog="bench/run.py", description="Measures the kernels on this machine.")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each row (default 2)")
+    parser.add_argument("--seconds", type=float, help="for each row (default 2)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does it all run?")
     parser.add_argument("--naive", action="store_true", help="only this: the long way, and ours")
     parser.add_argument("--preset", choices=ladmim.PRESETS, help="default: paper, tiny on a CPU")
@@ -282,10 +282,13 @@ def measure_kernels(device: str, seconds: float, quick: bool) -> dict:
 
 
 def benchmark(args) -> int:
-    warnings.filterwarnings("ignore")
+    if args.quick and args.seconds is not None:
+        raise data.InputError(f"--seconds {args.seconds}: does nothing beside --quick; leave it "
+                              "out")
+    warnings.filterwarnings("ignore")                # until `run_command` ends
     device = "cuda" if torch.cuda.is_available() else "cpu"
     preset = args.preset or ("paper" if device == "cuda" else "tiny")
-    seconds, settings = args.seconds, {"masks": 64}
+    seconds, settings = 2.0 if args.seconds is None else args.seconds, {"masks": 64}
     if args.quick:
         seconds, settings = 0.1, {"masks": 2, "hvq_batch": 2, "mim_batch": 2}
     versions = (f"torch {torch.__version__}, triton {triton.__version__ if triton else 'none'}, "

@@ -22,8 +22,6 @@ The torch path does the same with float32 products, and one row in thousands is 
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 
 from .dispatch import jit, on_device, tl, triton, use_triton
@@ -51,7 +49,7 @@ def _nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor
     x, codebook = x.contiguous(), codebook.contiguous()
     if use_triton(x):
         return _triton_path(x, codebook)
-    with _float32_products(x.device.type):
+    with torch.autocast(x.device.type, enabled=False):
         return _torch_path(x, codebook)
 
 
@@ -61,20 +59,6 @@ def _outputs(x, codebook):
 
 
 # ---- torch
-
-@contextmanager
-def _float32_products(device: str):
-    """Without autocast, TF32 and oneDNN's bfloat16, whose errors the float32 margin cannot hold."""
-    tf32 = torch.backends.cuda.matmul
-    before = tf32.fp32_precision
-    mkldnn_off = torch.backends.mkldnn.flags(False, False, None, None)
-    with torch.autocast(device, enabled=False), mkldnn_off:
-        try:
-            tf32.fp32_precision = "ieee"
-            yield
-        finally:
-            tf32.fp32_precision = before
-
 
 def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks of rows whose scores fit in cache; memory does not grow with T."""
@@ -89,8 +73,12 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
     G = 32 * max(1, round(K**0.5 / 32))
     width = -(-K // G) * G
     longest = centred.square().sum(1).max().sqrt().float()
+    # Where this process lets float32's products be TF32's or bfloat16's, their errors are too large
+    # for the margin: float64 is taken. The switch is every thread's, so it is only read.
+    backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    whole = backend.matmul.fp32_precision in ("ieee", "none")
     # One more dimension, 1 in x and -||b||^2/2 in b, makes the score one product.
-    weight = centred.new_zeros(D + 1, width, dtype=torch.float32)
+    weight = centred.new_zeros(D + 1, width, dtype=torch.float32 if whole else torch.float64)
     weight[D] = -torch.inf
     weight[:D, :K], weight[D, :K] = centred.T, -centred.square().sum(1) / 2
     unit = (D + 8) * 2.0**-24  # D + 1 products and sums in any order; x, b and ||b||^2/2 rounded

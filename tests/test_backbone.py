@@ -1,4 +1,6 @@
 """The frozen backbone: the network, its weights, what it sees of a photo and where."""
+import argparse
+import dataclasses
 import math
 
 import numpy as np
@@ -10,6 +12,7 @@ from conftest import TRAIN, command, make_photos, one_error
 from PIL import Image
 
 import backbone
+import options
 from backbone import CHANNELS, Features
 from data import InputError
 
@@ -201,8 +204,22 @@ def test_a_heat_map_is_the_photo_the_map_beside_it_and_the_verdict_below(tmp_pat
     assert below.min() < 100 and (below[:, width:] == 255).all()
 
 
+def test_a_file_in_the_working_directory_does_not_stand_in_for_the_shipped_weights(
+        tmp_path, monkeypatch):
+    shipped = backbone.load_pdn(options.SHIPPED, 0)[0].state_dict()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    torch.save(backbone.build_pdn("small").state_dict(), options.SHIPPED)
+    again = backbone.load_pdn(options.SHIPPED, 0)[0].state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in shipped.items())
+    one = dataclasses.make_dataclass("One", [("pdn", str, "")])
+    own = options.chosen_settings(argparse.Namespace(pdn=options.SHIPPED), one)["pdn"]
+    assert own == str(tmp_path / options.SHIPPED)            # asked for by name, it is taken
+    assert not torch.equal(backbone.load_pdn(own, 0)[0].state_dict()["0.bias"], shipped["0.bias"])
+
+
 def test_a_heat_map_that_cannot_be_saved_is_one_line(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
-    with pytest.raises(InputError, match="--heatmap .*none: heat.png cannot be saved"):
+    with pytest.raises(InputError, match="none/heat.png: could not be saved .*--heatmap"):
         backbone.save_heatmap(tmp_path / "none" / "heat.png", tmp_path / "photo.png",
                               np.zeros(16), 64, "good")

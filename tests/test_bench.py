@@ -33,6 +33,12 @@ def quick(tmp_path_factory):
     return out, json.loads(results.read_text()), done.stdout
 
 
+def test_seconds_beside_quick_are_refused(tmp_path, capsys):
+    assert bench.main(["--quick", "--seconds", "1", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: --seconds 1.0: does nothing beside --quick")
+    assert not list(tmp_path.iterdir())
+
+
 def test_writes_numbers_and_tables(quick):
     out, results, printed = quick
     markdown, = out.glob("*.md")

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import TRAIN, checkpoint, command, make_photos, one_error, score_r
 from PIL import Image
 
 import data
+import eval as evaluation
 import ladmim
 
 
@@ -195,6 +197,39 @@ def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
     assert process.stdout.readline().split()[0] in ("good", "anomaly")
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_predict_stopped_by_ctrl_c_is_one_line(trained):
+    photos = ["photos/widgets/test"] * 40
+    process = subprocess.Popen([sys.executable, "-u", ladmim.__file__, "predict", *photos, "--run",
+                                "run"], cwd=trained[0], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline().split()[0] in ("good", "anomaly")
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == (
+        "\nstopped; what is printed is done, and the same train command goes on from its last "
+        "checkpoint\n")
+    assert process.returncode == 130
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_names_that_are_not_utf_8_or_not_in_the_terminals_encoding(tmp_path):
+    """A category and a defect with bytes of Latin-1, from training to the tables and verdicts."""
+    category, defect = os.fsdecode(b"w\xff\xe9"), os.fsdecode("gr\xf6\xdfe".encode("latin-1"))
+    test = make_photos(tmp_path / "photos", category) / category / "test"
+    (test / "logical_anomalies").rename(test / defect)
+    asked = (*TRAIN, "--category", category, "--out", "run")
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import eval, ladmim; "
+            "sys.exit(ladmim.main(sys.argv[1:]) or eval.main(['run', '--json', 'e.json']) or "
+            "ladmim.main(['predict', 'photos', '--run', 'run', '--heatmap', 'maps']))")
+    done = subprocess.run([sys.executable, "-c", code, Path(ladmim.__file__).parent, *asked],
+                          cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "w\\udcff\\udce9" in done.stdout and "gr\\udcf6\\udcdfe" in done.stdout
+    kinds = [os.fsencode(row["kind"]) for row in evaluation.csv.DictReader(
+        evaluation.read_text(tmp_path / "run/scores.csv").splitlines())]
+    assert kinds.count(os.fsencode(defect)) == 4 and len(list((tmp_path / "maps").iterdir())) == 28
 
 
 # Commands

@@ -349,7 +349,7 @@ def test_without_data_the_twin_is_drawn_once(tmp_path, monkeypatch, capsys):
     def render(root, name):
         drawn.append(name)
         if name == "nut":
-            raise data.TwinError("--category nut: not one of the rendered")
+            raise data.InputError("--category nut: not one of the rendered")
         (root / name / "train").mkdir(parents=True)
 
     monkeypatch.setattr(data, "render", render)
@@ -367,6 +367,8 @@ def test_without_data_the_twin_is_drawn_once(tmp_path, monkeypatch, capsys):
     assert data.find_data(None, "pushpins") == (real, ["pushpins"])
     assert data.find_data(None, "all") == (real, ["pushpins"])
     assert data.find_data(None, "screw_bag") == (rendered, ["screw_bag"])
+    refused(lambda: data.find_data(None, "pushpins,screw_bag"), "--category pushpins,screw_bag",
+            "holds pushpins only")
 
 
 # Checks

@@ -3,6 +3,7 @@ import csv
 import json
 import re
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -460,6 +461,26 @@ def test_a_broken_run_costs_one_line(tmp_path, capsys, name):
     assert word in err and "runs/broken" in err
     problems = json.loads((tmp_path / "runs/eval.json").read_text())["problems"]
     assert problems == [err.strip().removeprefix("warning: ")]
+
+
+def test_a_run_that_may_not_be_read_costs_one_line(tmp_path, monkeypatch, capsys):
+    """As os.walk and open behave for another user than root."""
+    def walk(top, onerror):
+        for place, inside, names in real(top, onerror=onerror):
+            if Path(place).name == "closed":
+                onerror(PermissionError(13, "Permission denied", place))
+            else:
+                yield place, inside, names
+
+    make_run(tmp_path / "runs/fine")
+    (tmp_path / "runs/closed").mkdir()
+    real = evaluation.os.walk
+    monkeypatch.setattr(evaluation.os, "walk", walk)
+    (tmp_path / "runs/closed/config.json").symlink_to("/proc/1/mem/x")   # an OSError for anyone
+    assert main(["--runs", str(tmp_path / "runs")]) == 1
+    out, err = capsys.readouterr()
+    assert "breakfast_box" in out and err.count("\n") == 1
+    assert err.startswith(f"warning: {tmp_path}/runs/closed/config.json: cannot be read")
 
 
 def test_nothing_but_broken_runs_prints_no_table(tmp_path, capsys):

@@ -12,18 +12,20 @@ PRODUCT = sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
 FILES = [*PRODUCT, *sorted(ROOT.glob("tests/*.py"))]
 # Who may import whom: each name's row holds all that it may import.
 BELOW = {
-    "data": {"twin"},
+    "console": set(),
+    "options": {"console"},
+    "data": {"console", "twin"},
     "eval": {"data"},
-    "runs": {"data"},
-    "backbone": {"data", "runs"},
+    "runs": {"console", "data", "options"},
+    "backbone": {"data", "options", "runs"},
     "scores": set(),
     "published": {"kernels", "runs"},
-    "ladmim": {"backbone", "data", "eval", "kernels", "published", "runs", "scores"},
+    "ladmim": {"backbone", "data", "eval", "kernels", "options", "published", "runs", "scores"},
     "weights": {"backbone", "data", "runs"},
-    "bench": {"backbone", "bench", "data", "eval", "kernels", "ladmim", "runs", "scores",
+    "bench": {"backbone", "bench", "data", "eval", "kernels", "ladmim", "options", "runs", "scores",
               "twin"},
     "kernels": {"kernels"},
-    "twin": {"twin"},
+    "twin": {"console", "twin"},
 }
 # Where ladmim.py computes the paper's equations; those of a group stand on one screen.
 EQUATIONS = [{"3": "quantise", "4": "quantise"}, {"5": "decode"}, {"7": "loss"},
@@ -77,7 +79,7 @@ def test_a_file_is_no_longer_and_no_wider_than_agreed(path):
 
 
 def test_the_product_is_no_longer_than_agreed():
-    assert sum(len(lines(path)) for path in PRODUCT) <= 6300
+    assert sum(len(lines(path)) for path in PRODUCT) <= 6440
 
 
 def test_imports_go_one_way():

@@ -334,7 +334,8 @@ def test_a_wrong_option_is_one_line_and_changes_nothing(place, arguments):
 
 def wrong_options_of_the_other_commands():
     for more in (("--images", "none"), ("--images", "run/scores.csv"), ("--teacher", "none"),
-                 ("--size", "large"), ("--start", "none"), ("--precision", "fp8")):
+                 ("--size", "large"), ("--start", "none"), ("--precision", "fp8"),
+                 ("--size", "small", "--start", "x.pt")):
         yield distill, (*DISTILL, *more)
     for option in ("steps", "batch", "crop", "lr"):
         for value in ("x", "-1", "nan", "inf"):
@@ -347,7 +348,8 @@ def wrong_options_of_the_other_commands():
         yield render, arguments
     for arguments in (("none",), ("--runs", "none"), ("photos",), ("--standardise", "all"),
                       ("--json", "run/scores.csv", "run"), ("--maps", "maps", "run"),
-                      ("--wrong",), ("run", "--json", "photos")):
+                      ("--wrong",), ("run", "--json", "photos"),
+                      ("run", "--json", "new.json", "--runs", "other")):
         yield evaluation, arguments
     for arguments in (("none",), ("photos",), ("--wrong",)):
         yield localise, arguments

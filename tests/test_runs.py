@@ -10,7 +10,9 @@ import torch
 from conftest import (TRAIN, checkpoint, command, learned_the_same, make_photos, new_run, one_error,
                       same, score_rows, trains)
 
+import backbone
 import eval as evaluation
+import options
 import runs
 from backbone import positions
 from data import InputError
@@ -26,7 +28,7 @@ def parse(*argv):
 @pytest.mark.parametrize("text, seeds", [("3", [3]), ("0-4", [0, 1, 2, 3, 4]),
                                          ("7,0-2,1", [7, 0, 1, 2])])
 def test_seeds_are_read(text, seeds):
-    assert runs.seed_list(text) == seeds
+    assert options.seed_list(text) == seeds
     for option in ("--seed", "--seeds"):
         assert parse("train", "--category", "x", option, text).seeds == seeds
 
@@ -38,14 +40,14 @@ def test_every_setting_is_an_option_of_train(field):
         typed = list(OPTIONS[field.name])[-1]
     option = f"--{field.name.replace('_', '-')}"
     args = parse("train", "--category", "x", option, str(typed))
-    assert runs.chosen_settings(args, Config) == {field.name: typed}
-    assert runs.chosen_settings(parse("train", "--category", "x"), Config) == {}
+    assert options.chosen_settings(args, Config) == {field.name: typed}
+    assert options.chosen_settings(parse("train", "--category", "x"), Config) == {}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_works(preset):
     cfg = Config(**PRESETS[preset])
-    runs.check_settings(cfg, OPTIONS, positions(cfg.image_size))
+    options.check_settings(cfg, OPTIONS, positions(cfg.image_size))
 
 
 @pytest.mark.parametrize("settings, option", [
@@ -61,7 +63,7 @@ def test_every_preset_works(preset):
 def test_settings_that_cannot_work_are_named(settings, option):
     cfg = Config(**settings)
     with pytest.raises(InputError, match=f"^{option} "):
-        runs.check_settings(cfg, OPTIONS, positions(cfg.image_size))
+        options.check_settings(cfg, OPTIONS, positions(cfg.image_size))
 
 
 def test_randomness_depends_on_its_key_alone():
@@ -76,6 +78,66 @@ def test_randomness_depends_on_its_key_alone():
 def test_a_machine_without_git_trains_too(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert runs.git_commit() == ""
+
+
+def test_a_file_of_weights_has_one_name(tmp_path, monkeypatch):
+    """However its path was typed; the shipped one from everywhere."""
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    def setting(typed):
+        args = parse("train", "--category", "x", "--pdn", typed)
+        return options.chosen_settings(args, Config)["pdn"]
+
+    same = ("a.pt", "./a.pt", "../in/a.pt", "b/../a.pt", str(tmp_path / "in/a.pt"))
+    assert {setting(typed) for typed in same} == {"a.pt"}
+    assert setting("../a.pt") == setting(str(tmp_path / "a.pt")) == str(tmp_path / "a.pt")
+    assert setting("random") == "random" and setting("b/a.pt") == "b/a.pt"
+    assert setting(str(options.ROOT / options.SHIPPED)) == options.SHIPPED == Config().pdn
+    assert setting(options.SHIPPED) == str(tmp_path / "in" / options.SHIPPED)
+
+
+def test_a_run_goes_on_with_its_weights_under_another_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = new_run(tmp_path, pdn="./a.pt")            # as older versions kept it
+    run.save(stage="hvq", epoch=1)
+    run.lock.close()
+    new_run(tmp_path, pdn="a.pt").lock.close()
+    with pytest.raises(InputError, match="pdn = a.pt, asked for b.pt"):
+        new_run(tmp_path, pdn="b.pt")
+
+
+IDLE = [("--codebook ema", "--tokenizer published"), ("--code-dim 8", "--tokenizer published"),
+        ("--ema-decay 0.9", "--codebook gradient"), ("--train-block 0.1", "--mask random"),
+        ("--score-block 0.1", "--mask random"), ("--train-block 0.1", "--mask checkerboard"),
+        ("--train-ratio 0.3", "--mask checkerboard"), ("--score-ratio 0.3", "--mask checkerboard"),
+        ("--masks 7", "--mask checkerboard"), ("--hvq-lr 0.1", "--hvq-epochs 0"),
+        ("--mim-warmup 2", "--mim-epochs 0"), ("--mim-dropout 0.2", "--mim-epochs 0")]
+
+
+@pytest.mark.parametrize("option, mode", IDLE, ids=" ".join)
+def test_a_setting_that_does_nothing_is_refused(option, mode):
+    def check(*words):
+        typed = options.chosen_settings(parse("train", "--category", "x", *words), Config)
+        options.check_typed(typed, Config(**{"codebook": "ema"} | typed))
+
+    check(*option.split())                           # alone or in another mode it does something
+    check(*mode.split())
+    with pytest.raises(InputError, match=f"^{option}: does nothing beside {mode}.*leave it out"):
+        check(*option.split(), *mode.split())
+
+
+def test_what_published_tokenizers_heed_is_not_refused():
+    typed = {"tokenizer": "published", "ema_decay": 0.9, "codes": 64}
+    options.check_typed(typed, Config(**typed))
+    six = {"mask": "checkerboard", "masks": 6}
+    options.check_typed(six, Config(**six))
+
+
+@pytest.mark.parametrize("more, option", [
+    (["--tokenizer", "published"], "--code-dim 8"), (["--separate"], "--separate")])
+def test_an_option_that_does_nothing_trains_nothing(photos, more, option):
+    assert one_error(command(*TRAIN, *more, cwd=photos)).startswith(f"error: {option}: does noth")
+    assert not (photos / "runs").exists()
 
 
 # A folder holds one run
@@ -147,6 +209,58 @@ def test_an_unfinished_run_is_not_predicted_with(tmp_path):
 
 
 # Going on
+
+def stopped_run(folder, monkeypatch):
+    """A run that Ctrl-C stopped at the end of HVQ-Trans's training."""
+    real = runs.Run.save
+
+    def save_then_die(run, **news):
+        real(run, **news)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "save", save_then_die)
+        assert command(*TRAIN, "--out", "run", cwd=folder).returncode == 130
+
+
+def other_processor(monkeypatch):
+    """Moments of the same features, rounded otherwise."""
+    real = backbone.channel_statistics
+    monkeypatch.setattr(backbone, "channel_statistics", lambda *of: [
+        moment * (1 + 2e-6) for moment in real(*of)])
+
+
+@pytest.mark.parametrize("version", ["this", "before fingerprints"])
+def test_a_run_goes_on_on_another_processor(trained, photos, version, monkeypatch):
+    """With the moments that it began with."""
+    stopped_run(photos, monkeypatch)
+    before = checkpoint(photos / "run")
+    if version != "this":
+        del before["fingerprint"]
+        torch.save(before, photos / "run/checkpoint.pt")
+    other_processor(monkeypatch)
+    trains("--out", "run", cwd=photos)
+    assert learned_the_same(trained[0] / "run", photos / "run")
+
+
+def test_models_are_taken_over_on_another_processor(trained, photos, monkeypatch):
+    other_processor(monkeypatch)
+    trains("--take", trained[0] / "run", "--out", "other", cwd=photos)
+    assert learned_the_same(trained[0] / "run", photos / "other")
+
+
+def test_a_changed_training_photo_stops_a_run_even_where_its_features_are_the_same(
+        trained, tmp_path, monkeypatch):
+    shutil.copytree(trained[0] / "photos", tmp_path / "photos")
+    stopped_run(tmp_path, monkeypatch)
+    with open(tmp_path / "photos/widgets/test/good/000.png", "ab") as file:
+        file.write(b"x")                             # no training photo
+    trains("--out", "run", cwd=tmp_path)
+    with open(tmp_path / "photos/widgets/train/good/000.png", "ab") as file:
+        file.write(b"x")
+    result = command(*TRAIN, "--out", "run", cwd=tmp_path)
+    assert "changed since this run began" in one_error(result)
+
 
 @pytest.mark.parametrize("stage", ["hvq", "mim"])
 def test_a_killed_run_ends_bit_identical(trained, photos, stage, monkeypatch):

@@ -119,13 +119,24 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "pushpins").mkdir()
     (tmp_path / "pushpins" / "mine.txt").write_text("keep")
-    with pytest.raises(render.TwinError, match="exists already"):
+    with pytest.raises(render.InputError, match="exists already"):
         render.render(tmp_path, "pushpins", COUNTS, size=96)
     assert [path.name for path in tmp_path.rglob("*")] == ["pushpins", "mine.txt"]
 
 
+def test_what_another_process_has_drawn_meanwhile_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def slower(root, name):
+        (root / name / "train").mkdir(parents=True)
+        render.render(root, name)                    # finds the other one's folder
+
+    monkeypatch.setattr(data, "render", slower)
+    assert data.find_data(None, "pushpins") == (Path("data/rendered"), ["pushpins"])
+
+
 def test_an_unknown_category_is_named(tmp_path):
-    with pytest.raises(render.TwinError, match="did you mean pushpins"):
+    with pytest.raises(render.InputError, match="did you mean pushpins"):
         render.render(tmp_path, "pushpin", COUNTS)
 
 

@@ -2,7 +2,6 @@
 
     python twin/render.py --out DIR [--category all|NAME,NAME] [--train N ...] [--size] [--seed]
 """
-import argparse
 import difflib
 import json
 import os
@@ -18,6 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from console import InputError, Parser, run_command, say  # noqa: E402
 from twin import breakfast_box, juice_bottle, pushpins, screw_bag, splicing_connectors  # noqa: E402
 from twin.drawing import Scene, develop  # noqa: E402
 
@@ -35,22 +35,10 @@ WORKER = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
           "from twin.render import draw_share; draw_share(*json.loads(sys.argv[2]))")
 
 
-class TwinError(ValueError):
-    """Something the user gave cannot be used; the message is one line that says what to do."""
-
-    def __str__(self):                       # a name may hold line breaks and terminal codes
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise TwinError(f"{message} (see {self.prog} --help)")
-
-
 def check_category(category: str):
     if category not in SCENES:
         near = difflib.get_close_matches(category, SCENES, 1) or SCENES
-        raise TwinError(f"--category {category}: unknown; did you mean {' or '.join(near)}?")
+        raise InputError(f"--category {category}: unknown; did you mean {' or '.join(near)}?")
 
 
 def draw(category: str, kind: str, index: int, size: int, seed: int):
@@ -126,7 +114,7 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
             "note": "drawn by LADMIM's twin/render.py, not photographed"}
     try:
         if target.exists():
-            raise TwinError(f"{target} exists already; remove it or give another --out")
+            raise InputError(f"{target} exists already; remove it or give another --out")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{category}-", dir=out) as unfinished:
             folder = Path(unfinished, category)
@@ -138,12 +126,13 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
             draw_all(str(folder), category, counts, size, seed)
             folder.rename(target)
     except RuntimeError as error:
-        raise TwinError(f"rendering {target} failed ({error}); nothing was written") from None
+        raise InputError(f"rendering {target} failed ({error}); nothing was written") from None
     except OSError as error:
-        raise TwinError(f"cannot write {target}: {error.strerror}; choose another --out") from error
+        raise InputError(f"cannot write {target}: {error.strerror}; choose another --out"
+                         ) from None
 
 
-def render_all(argv):
+def render_all(argv) -> int:
     """The command."""
     parser = Parser(prog="twin/render.py", description="Draws the rendered twin of MVTec LOCO.")
     parser.add_argument("--out", required=True, type=Path, help="will hold the category folders")
@@ -154,28 +143,18 @@ def render_all(argv):
     args = parser.parse_args(argv)
     counts = {kind: getattr(args, kind) for kind in COUNTS}
     if args.train < 2 or args.size < 64 or min(args.seed, *counts.values()) < 0:
-        raise TwinError("--train must be at least 2, --size 64, --seed and the other counts 0")
+        raise InputError("--train must be at least 2, --size 64, --seed and the other counts 0")
     names = list(SCENES) if args.category == "all" else args.category.split(",")
     for name in names:
         check_category(name)
     for name in names:
         render(args.out, name, counts, args.size, args.seed)
-        print(f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in counts.items()), flush=True)
+        say(f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in counts.items()))
+    return 0
 
 
 def main(argv=None) -> int:
-    try:
-        render_all(argv)
-    except TwinError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; nothing unfinished was left behind", file=sys.stderr)
-        return 130
-    except BrokenPipeError:                      # whoever read the output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return 0
+    return run_command(lambda: render_all(argv), "stopped; nothing unfinished was left behind")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ class Corpus:
                 yield torch.from_numpy(crop.copy()).permute(2, 0, 1).float().div(255)
                 continue
             if str(crop) not in self.bad:
-                print(f"warning: {crop}", file=sys.stderr)
+                data.tell(f"warning: {crop}")
             self.bad.add(str(crop))
             yield None
 
@@ -203,12 +203,13 @@ def check(args):
         value = getattr(args, option)
         if not math.isfinite(value) or value < 0 or (value == 0 and option != "steps"):
             raise InputError(f"--{option} {value}: must be a number above 0")
+    if args.size and args.start:
+        raise InputError(f"--size {args.size}: does nothing beside --start, which has its own; "
+                         "leave it out")
+    args.size = args.size or "small"
     if args.crop < 64 or args.crop % 32:
         raise InputError(f"--crop {args.crop}: must be a multiple of 32 pixels, from 64 up")
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+    args.out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def batches(corpus: Corpus, order: list[int], args, first: int):
@@ -269,7 +270,7 @@ def write_weights(out: Path, student: nn.Module):
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
     data.write_whole(digest_file(out), f"{digest}\n".encode())
     part_of(out).unlink(missing_ok=True)
-    print(f"weights: {out}")
+    data.say(f"weights: {out}")
 
 
 def distill(args, save_every=60.0) -> int:
@@ -286,8 +287,8 @@ def distill(args, save_every=60.0) -> int:
         raise InputError(f"--images {args.images}: {len(order)} photos are too few; give 10 at "
                          "least, thousands for use")
     held_out, order = centre_crops(corpus, order[:kept], 224, 256), order[kept:]
-    print(f"corpus: {len(order)} photos to learn from, {len(held_out)} to measure; teacher: "
-          f"{args.teacher}; device: {device}", flush=True)
+    data.say(f"corpus: {len(order)} photos to learn from, {len(held_out)} to measure; teacher: "
+             f"{args.teacher}; device: {device}")
     student, optimizer, state = begin(args, corpus, order, teacher, device)
     mean, std = (moment.to(device) for moment in state["moments"])
 
@@ -323,7 +324,7 @@ def distill(args, save_every=60.0) -> int:
 
     student.eval().requires_grad_(False)
     for share, line in explained_variance(student, teacher, mean, std, held_out, device):
-        print(f"{line}: explained variance {share:.3f}")
+        data.say(f"{line}: explained variance {share:.3f}")
     write_weights(args.out, student)
     return 1 if corpus.bad else 0
 
@@ -336,7 +337,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--teacher", default="efficientnet-lite0", help="efficientnet-lite0 (default) or a "
         "TorchScript file that maps a batch to a list of (feature map, stride)")
     add("--out", required=True, type=Path, metavar="FILE", help="weights; until then, FILE.part")
-    add("--size", choices=("small", "medium"), default="small")
+    add("--size", choices=("small", "medium"), help="default: small")
     add("--start", metavar="FILE", help="weights to start from (default: random)")
     add("--steps", type=int, default=20_000, help="0 only measures --start")
     add("--batch", type=int, default=8, help="crops a step")

@@ -1,0 +1,104 @@
+"""What the options of `train` may be: settings that work together, and that do something."""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+from pathlib import Path
+
+from console import InputError
+
+ROOT = Path(__file__).resolve().parent
+SHIPPED = "weights/pdn_small.pt"       # this repository's own backbone, from wherever it is called
+
+
+def seed_list(text: str) -> list[int]:
+    """ "3", "0-4" or "0,3,7" -> the seeds."""
+    seeds = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < first + 1000:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a seed (0 or more), a range as in "
+                                             "0-4 or a list as in 0,3,7")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    return list(seeds)
+
+
+def chosen_settings(args, config_class) -> dict:
+    """The settings that were typed."""
+    typed = {field.name: getattr(args, field.name) for field in dataclasses.fields(config_class)}
+    if typed["pdn"] not in (None, "random"):         # a path of one's own, also if it is SHIPPED
+        typed["pdn"] = weights_name(os.path.abspath(typed["pdn"]))
+    return {name: value for name, value in typed.items() if value is not None}
+
+
+def weights_name(name: str) -> str:
+    """The setting `pdn`: one name a file, however its path was typed. What lies in the working
+    directory or below it is named from there, so that one may be moved as a whole."""
+    path = Path(name).resolve()
+    if name in ("random", SHIPPED) or path == ROOT / SHIPPED:
+        return "random" if name == "random" else SHIPPED
+    below = os.path.relpath(path)
+    return str(path) if below.startswith("..") or below == SHIPPED else below
+
+
+def check_typed(typed: dict, cfg):
+    """Raises InputError for a typed setting that does nothing beside the others."""
+    idle = {}                                        # setting -> why
+    if cfg.tokenizer == "published":
+        idle |= dict.fromkeys(("codebook", "code_dim"), "--tokenizer published")
+    elif cfg.codebook == "gradient":
+        idle["ema_decay"] = "--codebook gradient"
+    if cfg.mask != "block":
+        idle |= dict.fromkeys(("train_block", "score_block"), f"--mask {cfg.mask}")
+    if cfg.mask == "checkerboard":
+        idle |= dict.fromkeys(("train_ratio", "score_ratio"), "--mask checkerboard")
+        if cfg.masks > 6:
+            idle["masks"] = "--mask checkerboard, of which there are six"
+    for model in ("hvq", "mim"):
+        if not getattr(cfg, f"{model}_epochs"):
+            idle |= {f"{model}_{name}": f"--{model}-epochs 0" for name in (
+                "lr", "last_lr", "weight_decay", "clip", "drop", "drop_at", "warmup", "dropout")}
+    for name, value in typed.items():
+        if name in idle:
+            raise InputError(f"--{name.replace('_', '-')} {value}: does nothing beside "
+                             f"{idle[name]}; leave it out")
+
+
+def check_settings(cfg, options: dict, side: int):
+    """Raises InputError for a setting that cannot work, naming its option. side: positions of the
+    backbone's output at this image size."""
+    def check(name: str, fine: bool, why: str):
+        if not fine:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: {why}")
+
+    tokens = cfg.grid ** 2
+    for name, value in dataclasses.asdict(cfg).items():
+        if name in options:
+            check(name, value in options[name], f"must be one of {', '.join(options[name])}")
+        if isinstance(value, float):
+            check(name, math.isfinite(value) and value >= 0, "must be a number from 0 up")
+        if isinstance(value, int):
+            least = 0 if name.endswith("epochs") or name == "mim_warmup" else 1
+            check(name, value >= least, "too small")
+        if name.endswith(("_ratio", "_block")):
+            share = name.endswith("ratio")
+            check(name, 0 < value <= 1 and not (share and not round(value * tokens)),
+                  f"a share of the {tokens} tokens, above 0 and at most 1; at least one token")
+        if name.endswith("dropout") or name == "ema_decay":
+            check(name, value < 1, "must be below 1")
+    for model in ("hvq", "mim"):
+        fits = getattr(cfg, f"{model}_width") % getattr(cfg, f"{model}_heads") == 0
+        check(f"{model}_heads", fits, f"must divide --{model}-width")
+    check("codes", cfg.codes <= 2 ** 15, f"at most {2 ** 15}")
+    check("grid", side >= cfg.grid and side % cfg.grid == 0,
+          f"must divide the backbone's {max(side, 0)} positions at --image-size {cfg.image_size}")
+    check("grid", cfg.mask != "checkerboard" or cfg.grid % 12 == 0,
+          "--mask checkerboard needs a multiple of 12")
+    check("mim_score", cfg.mim_score != "whitened" or cfg.target == "histogram",
+          f"--target {cfg.target} has no histograms to measure; add --mim-score mean")
+    check("mim_score", cfg.mim_score != "whitened" or cfg.levels * cfg.codes <= 512,
+          "needs --levels times --codes at most 512 (a matrix a mask); choose mean or fewer")
