@@ -89,9 +89,10 @@ def find_runs(folders: list[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; name a run or a folder of runs")
-        for name in ("config.json", "checkpoint.pt", "scores.csv"):
-            for file in folder.rglob(name):
-                if "ablations" not in file.relative_to(folder).parts:
+        with data.readable():
+            for file in data.walk(folder):
+                known = file.name in ("config.json", "checkpoint.pt", "scores.csv")
+                if known and "ablations" not in file.relative_to(folder).parts:
                     runs[file.parent.resolve()] = file.parent
     return sorted(runs.values())
 
@@ -149,6 +150,8 @@ def read_maps(scored: ScoredRun) -> dict[str, dict[str, np.ndarray]]:
     try:
         with np.load(file, allow_pickle=False) as content:
             paths, pairs = content["path"].tolist(), content["maps"]          # (n,), (n, 2, g, g)
+        if not np.isfinite(pairs).all():
+            raise ValueError
         return {path: {"structural": structural, "logical": logical, "sum": structural + logical}
                 for path, (structural, logical) in zip(paths, pairs)}
     except Exception:                   # numpy raises a different class for each kind of damage

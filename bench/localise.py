@@ -157,7 +157,9 @@ def localise(scored: evaluation.ScoredRun, category: str) -> dict:
     with other names than LOCO's are one kind."""
     root, photos, maps = tested_photos(scored, category)
     defects, size = data.load_defects(root, category), scored.config["image_size"]
-    if any(photo.label and not photo.masks for photo in photos):
+    empty, odd = data.check_masks(photos)
+    data.warn(odd)
+    if data.missing_masks(photos, empty):
         raise InputError(f"{scored.folder}: {category} has anomalies without ground-truth masks")
     figures, groups = {}, evaluation.anomaly_groups([photo.kind for photo in photos])
     for kind in [evaluation.ANY] if evaluation.ANY in groups else groups:
