@@ -343,8 +343,7 @@ def check_photos(photos: list[Photo], root: Path) -> list[str]:
             lines.append(f"{category}: no test photos: it gives scores, but no AUROC")
         with readable():
             lines += passed_over(root / category, walk(root / category), (p.path for p in mine))
-    empty, odd = check_masks(photos)
-    return (lines + count_mismatch(photos, root) + missing_masks(photos, empty) + odd
+    return (lines + count_mismatch(photos, root) + missing_masks(photos) + odd_masks(photos)
             + same(photos))
 
 
@@ -366,25 +365,21 @@ def count_mismatch(photos: list[Photo], root: Path) -> list[str]:
     return lines
 
 
-def check_masks(photos: list[Photo]) -> tuple[set[Photo], list[str]]:
-    """-> the anomalies whose masks mark nothing, and a line on each mask that looks wrong."""
-    empty, lines, masked = set(), [], [photo for photo in photos if photo.masks]
+def odd_masks(photos: list[Photo]) -> list[str]:
+    """A line on each photo whose masks cannot be read, mark nothing, or over half of it."""
+    lines, masked = [], [photo for photo in photos if photo.masks]
     for photo, regions in zip(masked, ahead(lambda one: load_regions(one, None), masked)):
         if isinstance(regions, InputError):
             lines.append(str(regions))
-        elif not regions:
-            empty.add(photo)
-            lines.append(f"{photo.masks[0]}: all black, so it counts as missing")
         elif max(mask.mean() for mask, _ in regions) > 0.5:
             lines.append(f"{photo.masks[0]}: marks over half of the photo; a mask is black where "
                          "the photo has no defect")
-    return empty, lines
+    return lines
 
 
-def missing_masks(photos: list[Photo], empty=()) -> list[str]:
-    """How many anomalies have no ground truth. empty: those whose masks mark nothing."""
-    bare = Counter(photo.category for photo in photos
-                   if photo.label and (not photo.masks or photo in empty))
+def missing_masks(photos: list[Photo]) -> list[str]:
+    """How many anomalies have no ground truth."""
+    bare = Counter(photo.category for photo in photos if photo.label and not photo.masks)
     if not bare:
         return []
     where = ", ".join(f"{name} {n}" for name, n in bare.items())
@@ -465,6 +460,9 @@ def load_regions(photo: Photo, defects: dict[int, tuple[float, bool]] | None) ->
         if mask.shape != regions[0][0].shape:
             raise InputError(f"{path}: another size than {photo.masks[0].name}, a mask of the same "
                              "photo; masks must have their photo's size")
+    if photo.masks and not regions:
+        raise InputError(f"{photo.masks[0]}: all black, so the ground truth of {photo.path} is "
+                         "missing; mark its defect in white")
     return regions
 
 

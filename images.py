@@ -31,11 +31,13 @@ warnings.filterwarnings("ignore", module=r"PIL\.")   # bad files are reported by
 def walk(folder: Path, seen: set[Path] | None = None):
     """Yields all files below a folder, none that is hidden or in a hidden folder. A linked folder
     is followed once."""
-    seen = seen or {folder.resolve()}
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
-        if not path.name.startswith(".") and not path.is_dir():
+    seen, inside = seen or {folder.resolve()}, folder.iterdir()
+    for path in sorted(inside, key=lambda path: (path.is_symlink(), path)):      # links last
+        if path.name.startswith("."):
+            continue
+        if not path.is_dir():
             yield path
-        elif not path.name.startswith(".") and path.resolve() not in seen:
+        elif path.resolve() not in seen:
             seen.add(path.resolve())
             yield from walk(path, seen)
 
@@ -93,18 +95,24 @@ def load_turned(image: Image.Image):
         ImageOps.exif_transpose(image, in_place=True)
 
 
+def deep_values(image: Image.Image) -> np.ndarray:
+    """Of mode I or F -> (H, W) float32. Raises ValueError where nobody knows their scale."""
+    values = np.asarray(image).astype(np.float32)
+    if not 0 <= values.min() <= values.max() <= (255 if image.mode == "F" else 65535):  # NaN too
+        raise ValueError(f"values from {values.min():g} to {values.max():g}: save it with 8 or 16 "
+                         "bits")
+    return values
+
+
 def to_rgb(image: Image.Image, white: int = 0) -> Image.Image:
     """Any mode -> RGB, turned as EXIF says, alpha over black. white: what is white where there are
     more than 8 bits. 0: integers are taken as 0 to 65535, floats as 0 to 1 or, where they exceed 1,
-    as 0 to 255; other values are refused."""
+    as 0 to 255."""
     deep = is_deep(image)
     load_turned(image)
     if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float32)
+        values = deep_values(image)
         top = white or (65535 if image.mode != "F" else 1 if values.max() <= 1 else 255)
-        if not (values.min() >= 0 and values.max() <= (65535 if white else top)):   # NaN too
-            raise ValueError(f"values from {values.min():g} to {values.max():g}: save it with 8 or "
-                             "16 bits")
         values = np.minimum(values, top) * (255 / top) + 0.5
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
@@ -158,10 +166,11 @@ def least_white(path: Path) -> int:
         if not is_deep(image):
             return 0
         image.load()
-        top = np.asarray(image).max()
+        is_colour = not image.mode.startswith(("I", "F"))
+        top = np.asarray(image).max() * 257.0 if is_colour else deep_values(image).max()
         if image.mode == "F":
             return 1 if top <= 1 else 255
-        return 2 ** max(8, (int(top) * (1 if "I" in image.mode else 257)).bit_length()) - 1
+        return 2 ** max(8, int(top).bit_length()) - 1
 
     return decode(read(path), path, use)
 

@@ -41,8 +41,14 @@ def test_the_depth_is_the_photos_together_not_each_ones_own(tmp_path, bits, suff
 def test_the_white_that_a_photo_needs(tmp_path, values, white):
     path = deep(tmp_path / "x.tif", values)
     assert data.deeper([path]) == ({path: white} if white else {})
-    (tmp_path / "bad.tif").write_bytes(b"x")
-    assert data.deeper([tmp_path / "bad.tif", tmp_path / "none.tif"]) == {}
+    (tmp_path / "bad.tif").write_bytes(b"x")         # what cannot be read says nothing
+    refused = [np.int32([[0, 65536]]), np.int32([[-1, 9]]), np.float32([[0, np.nan]]),
+               np.float32([[0, 256]])]
+    paths = [deep(tmp_path / f"{i}.tif", values) for i, values in enumerate(refused)]
+    assert data.deeper([tmp_path / "bad.tif", tmp_path / "none.tif", *paths]) == {}
+    for path in paths:
+        with pytest.raises(data.InputError, match="8 or 16 bits"):
+            data.load_image(path, 8, 4095)
 
 
 def test_floats_are_not_scaled_by_each_ones_own_maximum(tmp_path):

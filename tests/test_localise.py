@@ -212,6 +212,7 @@ def other_size(category):
 
 
 def all_black(category):
+    (category / "defects_config.json").unlink()      # which would refuse it for its values
     for file in (category / "ground_truth/structural_anomalies/000").glob("*.png"):
         Image.new("L", (96, 96)).save(file)
 
@@ -226,7 +227,7 @@ def holes(run):
 
 DAMAGE = {
     "black": (lambda root: all_black(root / "twin-a/juice_bottle"),
-              "test/structural_anomalies/000.png is missing or all black"),
+              "structural_anomalies/000/000.png: all black"),
     "NaN": (lambda root: holes(root / "runs/a"), "missing or damaged"),
     "photos": (lambda root: without(root / "twin-a"), "no longer at"),
     "maps": (lambda root: without(root / "runs/a/maps.npz"), "missing or damaged"),
