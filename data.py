@@ -447,7 +447,8 @@ def load_regions(photo: Photo, defects: dict[int, tuple[float, bool]] | None) ->
     regions = []
     for path in photo.masks:
         values = decode(read(path), path, to_levels)
-        mask, present = defect_pixels(values), np.unique(values[values > 0])
+        mask = defect_pixels(values)
+        present = np.unique(values[values > 0]) if defects is not None else []
         if defects is not None and (len(present) != 1 or int(present[0]) not in defects):
             raise InputError(f"{path}: holds the values {present[:5].tolist()}, not just one of "
                              "those in defects_config.json; unpack the data set again")

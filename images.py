@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from errors import InputError, readable, warn
 
@@ -195,7 +195,8 @@ def to_levels(image: Image.Image) -> np.ndarray:
     """Any mode -> how bright each pixel is to the eye, (H, W): of colours the strongest, over
     black. Integers beyond 8 bits and floats are as they are."""
     if not image.mode.startswith(("I", "F")):
-        return np.asarray(to_rgb(image)).max(-1)
+        red, green, blue = to_rgb(image).split()
+        return np.asarray(ImageChops.lighter(ImageChops.lighter(red, green), blue))
     load_turned(image)
     levels = np.asarray(image)
     if not (levels.min() >= 0 and np.isfinite(levels).all()):
@@ -206,7 +207,8 @@ def to_levels(image: Image.Image) -> np.ndarray:
 def defect_pixels(levels: np.ndarray) -> np.ndarray:
     """What a mask marks, bool (H, W), black being the ground. levels: `to_levels`."""
     top, many = levels.max(), 32
-    if levels.dtype.kind != "f" and top < many:                  # labels: 1, 2, ...
+    labels = levels.dtype.kind != "f" and top < many             # 1, 2, ...
+    if labels or not ((levels > 0) & (levels < top)).any():
         return levels > 0
     marked = levels > top / 2
     if len(np.unique(levels)) > many:                            # two levels, soft or noisy edges
