@@ -118,7 +118,7 @@ def images_in(folder: Path) -> list[Path]:
 def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
     """Ground truth of a test photo (name without suffix): MVTec LOCO's folder of PNGs, MVTec AD's
     NAME_mask.png, or a file of the photo's own name in ground_truth/KIND or, as BMAD has it, in
-    test/KIND/label."""
+    test/KIND/label. Other suffixes do, too."""
     truth = folder / "ground_truth" / kind
     if (truth / name).is_dir():
         return tuple(images_in(truth / name))

@@ -185,7 +185,7 @@ def warn_of_depth(paths: list[Path], white: int):
     """white: of the training photos."""
     warn(f"{path}: has values up to {own}, " + (
         f"but {white} is white in the training photos; what is brighter is cut off" if white else
-        "but no training photo has more than 8 bits; it is read by its format's range")
+        "but the run knows no depth beyond 8 bits; it is read by its format's range")
         for path, own in deeper(paths, white).items())
 
 

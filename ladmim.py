@@ -611,6 +611,7 @@ def train_run(job: Job) -> int:
     cfg, defaults = job.cfg, dataclasses.asdict(Config())
     runs.begun_state(job, defaults)                  # another run's folder is refused at once
     photos, n, features, pdn, bad = load_data_set(job)
+    tested = data.fingerprint(photos[n:], job.root)  # now: while it trains, photos may change
     run = Run(job, defaults)                         # no folder before the photos can be read
     run.hold(pdn=pdn.state_dict(), mean=features.mean.cpu(), std=features.std.cpu(),
              white=features.white)
@@ -619,7 +620,6 @@ def train_run(job: Job) -> int:
     hvq = train_hvq(run, cfg, features, n)
     mim = train_mim(run, cfg, hvq, features, n)
     paths = {photo.path.relative_to(job.root).as_posix() for photo in photos[n:]}
-    tested = data.fingerprint(photos[n:], job.root)      # other photos may have the old names
     if runs.as_first(run.state["stage"] != "done" or run.state.get("tested") != tested
                      or evaluation.scored_paths(job.out) != paths):
         run.state["tested"] = tested

@@ -11,6 +11,7 @@ from conftest import (TRAIN, checkpoint, command, learned_the_same, make_photos,
                       same, score_rows, trains)
 
 import eval as evaluation
+import ladmim
 import runs
 from backbone import positions
 from data import InputError
@@ -231,6 +232,25 @@ def test_a_finished_run_is_scored_again_where_a_photo_was_replaced(trained, tmp_
     written = (tmp_path / "run/checkpoint.pt").read_bytes()
     trains("--out", "run", cwd=tmp_path)                         # and only once
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == written
+
+
+def test_a_photo_that_is_replaced_while_a_run_trains_is_scored_by_the_next_train(
+        photos, tmp_path, monkeypatch):
+    (tmp_path / "photos").unlink()
+    make_photos(tmp_path / "photos")
+    test, train_mim = tmp_path / "photos/widgets/test", ladmim.train_mim
+
+    def replaces(*args):
+        shutil.copy(test / "structural_anomalies/000.png", test / "good/001.png")
+        return train_mim(*args)
+
+    monkeypatch.setattr(ladmim, "train_mim", replaces)
+    trains("--out", "run", cwd=tmp_path)
+    monkeypatch.undo()
+    before = score_rows(tmp_path / "run")
+    trains("--out", "run", cwd=tmp_path)
+    changed = [row["path"] for row, old in zip(score_rows(tmp_path / "run"), before) if row != old]
+    assert changed == ["widgets/test/good/001.png"]
 
 
 def test_a_finished_run_is_scored_again_where_a_photo_changed_its_kind(trained, tmp_path):
