@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import data
 from data import InputError
@@ -64,10 +64,11 @@ def overlay(photo: Image.Image, tokens, image_size: int) -> Image.Image:
     return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
 
 
-def save_heatmap(file: Path, path: Path, tokens: np.ndarray, image_size: int, verdict: str):
+def save_heatmap(file: Path, path: Path, tokens: np.ndarray, image_size: int, verdict: str,
+                 white: int = 0):
     """Draws the photo at `path`, at most 1024 pixels a side, beside its heat map (N,), and the
     verdict below."""
-    photo, grid = data.open_image(path), math.isqrt(tokens.size)
+    photo, grid = data.open_image(path, white), math.isqrt(tokens.size)
     photo.thumbnail((1024, 1024))
     hot = overlay(photo, tokens.reshape(grid, grid), image_size)
     text = max(16, photo.height // 16)               # pixels
@@ -76,8 +77,9 @@ def save_heatmap(file: Path, path: Path, tokens: np.ndarray, image_size: int, ve
     sheet.paste(hot, (photo.width + 8, 0))
     font = ImageFont.load_default(text * 3 // 4)
     ImageDraw.Draw(sheet).text((text // 2, photo.height + text // 2), verdict, "black", font)
-    content = io.BytesIO()
-    sheet.save(content, "png")
+    mark, content = PngImagePlugin.PngInfo(), io.BytesIO()
+    mark.add_text("Software", data.DRAWN)
+    sheet.save(content, "png", pnginfo=mark)
     data.write_whole(file, content.getvalue(), "free some space or give another --heatmap")
 
 
@@ -179,13 +181,14 @@ def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device) ->
 class Features:
     """What the models see of n photos. seen (n, N, d0), or (n, N, d0 + 48) with patches, as `look`
     gives it; mean and std (d0,) of the training photos standardise each channel; rows (n,): where
-    each photo lies in seen."""
+    each photo lies in seen; white: of photos of more than 8 bits."""
 
-    def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None):
+    def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None,
+                 white: int = 0):
         self.seen, self.device = seen, device
         self.rows = torch.arange(len(seen)) if rows is None else rows
         self.rows = self.rows.to(seen.device)
-        self.mean, self.std = mean.to(device), std.to(device)
+        self.mean, self.std, self.white = mean.to(device), std.to(device), white
 
     def h0(self, index: torch.Tensor) -> torch.Tensor:
         """(B, N, d0) of the photos numbered by index."""
@@ -215,16 +218,17 @@ def channel_statistics(seen: torch.Tensor, rows: torch.Tensor, batch: int = 64):
 # The cache: one file a set of photos
 
 def cached_features(paths: list[Path], size: int, key: str, compute, shape: tuple[int, int],
-                    cache: Path, progress=lambda done: None, digests: list[bytes] = ()):
+                    cache: Path, progress=lambda done: None, digests: list[bytes] = (),
+                    white: int = 0):
     """-> features (n, N, d0) float16, and why photos could not be read, path -> message: their rows
     are NaN. Computed once, then read from the folder `cache`.
 
     compute: uint8 (16, size, size, 3) -> (16, N, d0); shape: (N, d0). The file is named by all the
-    photos' bytes, the size, the shape and `key`, which must change with the backbone's weights: so
-    nothing stale is served. It is mapped, not kept: features may be larger than the memory.
+    photos' bytes, the size, the shape, white and `key`, which must change with the backbone's
+    weights: so nothing stale is served. It is mapped, not kept: features may exceed the memory.
     digests: `photo_digests`, where they are known.
     """
-    about = repr((CACHE_FORMAT, key, size, shape)).encode()
+    about = repr((CACHE_FORMAT, key, size, shape, *([white] if white else []))).encode()
     name = hashlib.blake2b(about, digest_size=20)
     for digest in digests or photo_digests(paths):
         name.update(digest)
@@ -232,10 +236,10 @@ def cached_features(paths: list[Path], size: int, key: str, compute, shape: tupl
     try:
         features = load_features(file, (len(paths), *shape))
     except (OSError, ValueError):                  # there is none, or it is damaged
-        features = fill_cache(file, paths, size, compute, shape, progress)
+        features = fill_cache(file, paths, size, compute, shape, progress, white)
     for i in np.flatnonzero(np.isnan(features[:, 0, 0])):
         try:
-            data.load_image(paths[i], size)
+            data.load_image(paths[i], size, white)
             reasons[paths[i]] = (f"{paths[i]}: could not be read when its features were computed; "
                                  f"delete {file} to try again")
         except InputError as error:
@@ -259,7 +263,7 @@ def load_features(file: Path, shape: tuple) -> np.ndarray:
     return features
 
 
-def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], progress):
+def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], progress, white):
     """Computes the features and writes them as `file`, whole or not at all. Where it cannot be
     written, they stay in memory."""
     unfinished = file.with_name(f"{file.stem}.{os.urandom(4).hex()}.part")
@@ -271,7 +275,7 @@ def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], pr
                 if time.time() - left.stat().st_mtime > 86_400:
                     left.unlink()
         with open(unfinished, "wb") as opened:
-            for values in compute_features(paths, size, compute, shape, progress):
+            for values in compute_features(paths, size, compute, shape, progress, white):
                 opened.write(values.tobytes())
                 digest.update(values)
             opened.write(digest.digest())
@@ -283,14 +287,14 @@ def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], pr
     finally:
         with suppress(OSError):
             unfinished.unlink()
-    computed = compute_features(paths, size, compute, shape, progress)
+    computed = compute_features(paths, size, compute, shape, progress, white)
     return np.concatenate([np.empty((0, *shape), np.float16), *computed])
 
 
-def compute_features(paths, size: int, compute, shape: tuple[int, int], progress):
+def compute_features(paths, size: int, compute, shape: tuple[int, int], progress, white):
     """Yields the features of 16 photos, and of 16 more: (16, N, d0) float16."""
     done = 0
-    for images in data.in_batches(data.load_images(paths, size), 16):
+    for images in data.in_batches(data.load_images(paths, size, white), 16):
         values = np.full((len(images), *shape), np.nan, np.float16)
         good = [i for i, image in enumerate(images) if not isinstance(image, InputError)]
         if good:
@@ -309,7 +313,7 @@ def compute_features(paths, size: int, compute, shape: tuple[int, int], progress
 # A run's photos
 
 def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixels: bool, device,
-                  cache: Path):
+                  cache: Path, white: int = 0):
     """-> what `look` gives of the photos (n, N, d0 or d0 + 48), the photos that can be read, and
     their rows in it, and a fingerprint of the bytes of the training photos and the weights. Each
     photo that cannot be read costs a warning. Raises InputError where a category has no training
@@ -324,9 +328,8 @@ def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixe
     seen, reasons = cached_features(
         paths, image_size, key.hexdigest(),
         lambda images: look(pdn, images, grid, pixels, device).cpu().numpy(), shape, cache,
-        Progress("features", len(paths), "photos"), digests)
-    for reason in reasons.values():
-        data.tell(f"warning: {reason}")
+        Progress("features", len(paths), "photos"), digests, white)
+    data.warn(reasons.values())
     left = [photo for photo in photos if photo.path not in reasons]
     for name in sorted({photo.category for photo in photos}):
         splits = {photo.split for photo in left if photo.category == name}
@@ -356,16 +359,22 @@ def load_data_set(job: Job):
     data.check_test_split(photos)
     note = " (RENDERED, not photographs)" if job.config()["rendered"] else ""
     data.say(f"data: {data.printable(str(root))}{note}\n{data.count_table(photos)}")
-    for warning in data.check_photos(photos, root):
-        data.tell(f"warning: {data.printable(warning)}")
+    data.warn(data.check_photos(photos, root))
     data.say(f"backbone: {data.printable(description)}; device: {device}")
+    deep = data.deeper([photo.path for photo in photos if photo.split == "train"])
+    white = max(deep.values(), default=0)
+    if deep:
+        data.say(f"depth: {len(deep)} training photos have more than 8 bits, {white} is white (of "
+                 "16-bit colour the upper 8 bits are read)")
+    data.warn_of_depth([photo.path for photo in photos if photo.split != "train"], white)
     with first_process_first():
         seen, left, rows, fingerprint = find_features(photos, pdn, cfg.image_size, cfg.grid,
-                                                      cfg.target == "pixel", device, job.cache)
+                                                      cfg.target == "pixel", device, job.cache,
+                                                      white)
     n = sum(photo.split == "train" for photo in left)
     if seen.nbytes < 2 ** 33:                        # more stays here, and travels batch by batch
         seen = seen.to(device)
     mean, std = channel_statistics(seen, rows[:n])
     fixed = {"fingerprint": fingerprint, "pdn": pdn.state_dict(), "mean": mean.cpu(),
-             "std": std.cpu()}
-    return left, n, Features(seen, mean, std, device, rows), fixed, len(photos) - len(left)
+             "std": std.cpu(), "white": white}
+    return left, n, Features(seen, mean, std, device, rows, white), fixed, len(photos) - len(left)

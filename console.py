@@ -6,6 +6,7 @@ import io
 import os
 import sys
 import warnings
+from contextlib import contextmanager
 
 unsaid = []                              # why `say` could not write
 
@@ -22,6 +23,16 @@ class InputError(Exception):
         return printable(super().__str__())
 
 
+@contextmanager
+def readable():
+    """A folder or file that cannot be read is an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check name and "
+                         "permissions") from None
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -33,6 +44,11 @@ def tell(text: str, end="\n"):
         print(text, end=end, file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
+
+
+def warn(lines):
+    for line in lines:
+        tell(f"warning: {printable(line)}")
 
 
 def say(text: str):

@@ -1,4 +1,4 @@
-"""Photos for LADMIM: where data sets keep them, and how they are read.
+"""Photos for LADMIM: where data sets keep them, and what is odd about them.
 
 It opens with what other files need, too: reading and writing that may fail.
 """
@@ -6,42 +6,31 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 import os
 import sys
 import zlib
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from console import InputError, Parser, printable, run_command, say, tell  # noqa: F401
+from console import (InputError, Parser, printable, readable, run_command, say,  # noqa: F401
+                     tell, warn)
+from images import (DRAWN, SUFFIXES, UNREAD, ahead, decode, deeper, defect_pixels,  # noqa: F401
+                    is_drawn, is_image, load_image, load_images, open_image, read, to_levels,
+                    to_rgb, walk, warn_of_depth)
 from twin.render import RENDERED_MARK, SCENES, render
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif",
-            ".ppm", ".pgm", ".pbm")
 SPLITS = ("train", "validation", "test")
 VALIDATION = ("validation", "valid", "val")          # MVTec LOCO's name first, then BMAD's
 REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 
 
 # Files
-
-@contextmanager
-def readable():
-    """A folder or file that cannot be read is an InputError."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check name and "
-                         "permissions") from None
-
 
 def write_whole(path: Path, content: bytes,
                 remedy: str = "free some space and run the same command again"):
@@ -95,10 +84,6 @@ class Photo:
         return int(self.kind != "good")
 
 
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
 def images_in(folder: Path) -> list[Path]:
     """The images of a folder or, as BMAD has it, of its img folder, by name."""
     folder = folder / "img" if (folder / "img").is_dir() else folder
@@ -115,12 +100,12 @@ def visible_folders(folder: Path) -> list[Path]:
 def find_masks(folder: Path, kind: str, name: str) -> tuple[Path, ...]:
     """Ground truth of a test photo (name without suffix): MVTec LOCO's folder of PNGs, MVTec AD's
     NAME_mask.png, or a file of the photo's own name in ground_truth/KIND or, as BMAD has it, in
-    test/KIND/label."""
+    test/KIND/label. Other suffixes do, too."""
     truth = folder / "ground_truth" / kind
     if (truth / name).is_dir():
         return tuple(images_in(truth / name))
     for place in (truth / f"{name}_mask", truth / name, folder / "test" / kind / "label" / name):
-        for suffix in (".png", ".bmp", ".tif", ".tiff"):
+        for suffix in (*SUFFIXES, *map(str.upper, SUFFIXES)):
             if (path := Path(f"{place}{suffix}")).is_file():
                 return (path,)
     return ()
@@ -146,7 +131,8 @@ def folder_layout(folder: Path) -> list[Photo]:
                          "NAME_OF_DEFECT")
     for kind in visible_folders(test):
         good, images = kind.name.lower() == "good", images_in(kind)
-        if not images and any(not path.name.startswith(".") for path in kind.iterdir()):
+        if not images and not all(path.name.startswith(".") or is_drawn(path)
+                                  for path in kind.iterdir()):
             raise InputError(f"{kind}: holds files, but no photos; put photos directly into it")
         for path in images:
             masks = () if good else find_masks(folder, kind.name, path.stem)
@@ -261,25 +247,30 @@ def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
     return sorted(photos, key=lambda p: (SPLITS.index(p.split), p.label, p.kind, p.path))
 
 
-def images_below(folder: Path) -> list[Path]:
-    """The images in a folder and all folders in it, and those that may not be read: `read` says why
-    of each."""
-    found = []
-    for place, _, names in os.walk(folder, onerror=lambda error: found.append(error.filename)):
-        found += [path for name in names if is_image(path := Path(place, name))]
-    return sorted(map(Path, found))
-
-
 def find_images(given: list[Path]) -> list[Path]:
-    """Files as they are given, and the images of folders and of all folders in them, by name."""
+    """Files as they are given, and the images of folders and of all folders in them, by
+    name. `read` says why one of these folders cannot be read."""
     images = []
     for path in given:
         with readable():
-            inside = images_below(path) if path.is_dir() else [path]
+            files = list(walk(path)) if path.is_dir() else []
+            inside = sorted(file for file in files if is_image(file) or file.is_dir())
+            inside = inside if path.is_dir() else [path]
+        warn(passed_over(path, files, inside))
         if not inside:
             raise InputError(f"{path}: no images in this folder or below it")
         images += inside
     return images
+
+
+def passed_over(folder: Path, files, taken) -> list[str]:
+    """A line on how many photos among the files of a folder were not taken. Masks are none."""
+    taken = set(taken)
+    left = [path for path in files if path.suffix.lower() in SUFFIXES + UNREAD
+            and path not in taken and not is_drawn(path)
+            and not {"ground_truth", "label", "Masks"} & {*path.relative_to(folder).parts}]
+    return [f"{folder}: photos passed over: {len(left)}, such as {min(left)}: of another format "
+            "or not where this layout has photos"] if left else []
 
 
 def flat_names(paths: list[Path]) -> list[str]:
@@ -338,7 +329,10 @@ def check_photos(photos: list[Photo], root: Path) -> list[str]:
     for category, mine in by_category(photos).items():
         if not any(photo.split == "test" for photo in mine):
             lines.append(f"{category}: no test photos: it gives scores, but no AUROC")
-    return lines + count_mismatch(photos, root) + missing_masks(photos) + same(photos)
+        with readable():
+            lines += passed_over(root / category, walk(root / category), (p.path for p in mine))
+    return (lines + count_mismatch(photos, root) + missing_masks(photos) + odd_masks(photos)
+            + same(photos))
 
 
 def count_mismatch(photos: list[Photo], root: Path) -> list[str]:
@@ -359,6 +353,18 @@ def count_mismatch(photos: list[Photo], root: Path) -> list[str]:
     return lines
 
 
+def odd_masks(photos: list[Photo]) -> list[str]:
+    """A line on each photo whose masks cannot be read, mark nothing, or over half of it."""
+    lines, masked = [], [photo for photo in photos if photo.masks]
+    for photo, regions in zip(masked, ahead(lambda one: load_regions(one, None), masked)):
+        if isinstance(regions, InputError):
+            lines.append(str(regions))
+        elif max(mask.mean() for mask, _ in regions) > 0.5:
+            lines.append(f"{photo.masks[0]}: marks over half of the photo; a mask is black where "
+                         "the photo has no defect")
+    return lines
+
+
 def missing_masks(photos: list[Photo]) -> list[str]:
     """How many anomalies have no ground truth."""
     bare = Counter(photo.category for photo in photos if photo.label and not photo.masks)
@@ -370,8 +376,8 @@ def missing_masks(photos: list[Photo]) -> list[str]:
 
 
 def same(photos: list[Photo]) -> list[str]:
-    """Byte-identical photos in two splits. Only files that share their size with another are
-    read."""
+    """Byte-identical photos in two splits, or of two kinds in one. Only files that share their size
+    with another are read."""
     same_size, firsts, pairs = {}, {}, []
     with readable():
         for photo in photos:
@@ -380,14 +386,24 @@ def same(photos: list[Photo]) -> list[str]:
             for photo in group if len(group) > 1 else ():
                 digest = hashlib.blake2b(photo.path.read_bytes()).digest()
                 first = firsts.setdefault(digest, photo)
-                if first.split != photo.split:
+                if (first.split, first.kind) != (photo.split, photo.kind):
                     pairs.append((first, photo))
     if not pairs:
         return []
     first = " and ".join(f"{photo.path} ({photo.split})" for photo in pairs[0])
     more = f", and {len(pairs) - 1} more" if len(pairs) > 1 else ""
-    return [f"the same photo in two splits: {first}{more}; remove one of the two, or what is "
-            "measured is memory"]
+    return [f"the same photo in two splits or kinds: {first}{more}; remove one of the two, or what "
+            "is measured is memory"]
+
+
+def fingerprint(photos: list[Photo], root: Path) -> str:
+    """Of the photos' names, splits, kinds and bytes."""
+    whole = hashlib.blake2b(digest_size=16)
+    digests = ahead(lambda photo: hashlib.blake2b(read(photo.path)).digest(), photos)
+    for photo, digest in zip(photos, digests):
+        name = photo.path.relative_to(root).as_posix()
+        whole.update(repr((name, photo.split, photo.kind, digest)).encode())
+    return whole.hexdigest()
 
 
 # Ground truth
@@ -416,14 +432,11 @@ def load_regions(photo: Photo, defects: dict[int, tuple[float, bool]] | None) ->
     """The photo's defects, one a ground-truth file: (mask, saturation area). The mask is bool
     (H, W) of the photo's own size. The saturation area, in pixels, is int(threshold * area) or
     min(threshold, area), by `defects` (MVTec LOCO); without them, the area."""
-    def to_values(image):          # one band as it is; of several, the colours without alpha
-        return np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB"))
-
     regions = []
     for path in photo.masks:
-        values = decode(read(path), path, to_values)
-        values = values.max(-1) if values.ndim == 3 else values                     # (H, W)
-        mask, present = values > 0, np.unique(values[values > 0])
+        values = decode(read(path), path, to_levels)
+        mask = defect_pixels(values)
+        present = np.unique(values[values > 0]) if defects is not None else []
         if defects is not None and (len(present) != 1 or int(present[0]) not in defects):
             raise InputError(f"{path}: holds the values {present[:5].tolist()}, not just one of "
                              "those in defects_config.json; unpack the data set again")
@@ -436,89 +449,10 @@ def load_regions(photo: Photo, defects: dict[int, tuple[float, bool]] | None) ->
         if mask.shape != regions[0][0].shape:
             raise InputError(f"{path}: another size than {photo.masks[0].name}, a mask of the same "
                              "photo; masks must have their photo's size")
+    if photo.masks and not regions:
+        raise InputError(f"{photo.masks[0]}: all black, so the ground truth of {photo.path} is "
+                         "missing; mark its defect in white")
     return regions
-
-
-# Images
-
-def read(path: Path) -> bytes:
-    with readable():
-        if path.is_dir():
-            os.listdir(path)                     # where that is forbidden, it is the better reason
-        if not path.is_file():
-            what = "is a folder, not a file" if path.is_dir() else "no such file"
-            raise InputError(f"{path}: {what}; check the name")
-        content = path.read_bytes()
-    if not content:
-        raise InputError(f"{path}: the file is empty; replace or remove it")
-    return content
-
-
-def decode(content: bytes, path: Path, use):
-    """use(image) of the first frame that content holds; whatever Pillow makes of a bad file is an
-    InputError."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return use(image)
-    except UnidentifiedImageError:
-        reason = "not an image, cut off at its start, or of a format that Pillow does not know"
-    except Exception as error:     # Pillow's decoders raise whatever their parsers stumble on
-        reason = " ".join(str(error).split()) or type(error).__name__
-    raise InputError(f"{path}: cannot be read as an image ({reason}); replace or remove it")
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, turned as EXIF says, alpha over black. Integers beyond 8 bits are taken as 0
-    to 65535, floats as 0 to 1 or, where they exceed 1, as 0 to 255; other values are refused."""
-    with suppress(Exception):      # a broken EXIF block says nothing about the pixels
-        ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float32)
-        top = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
-        if not (values.min() >= 0 and values.max() <= top):                         # NaN too
-            raise ValueError(f"values from {values.min():g} to {values.max():g}: save it with 8 or "
-                             "16 bits")
-        return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        black = Image.new("RGB", image.size)
-        black.paste(image, mask=image.getchannel("A"))
-        return black
-    return image.convert("RGB")
-
-
-def open_image(path: Path) -> Image.Image:
-    """The photo as RGB at its own size. Raises InputError, naming the file and the reason."""
-    return decode(read(path), path, to_rgb)
-
-
-def load_image(path: Path, size: int) -> np.ndarray:
-    """The photo as RGB, uint8 (size, size, 3), resized bilinearly, antialiased. Or InputError."""
-    return np.array(open_image(path).resize((size, size), Image.Resampling.BILINEAR))
-
-
-def ahead(function, items, waiting: int = 16):
-    """Yields function(item) in order, or the InputError it raised, computed by threads up to
-    `waiting` items ahead."""
-    def attempt(item):
-        try:
-            return function(item)
-        except InputError as error:
-            return error
-
-    items, queue = iter(items), deque()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        queue.extend(pool.submit(attempt, item) for item in islice(items, waiting))
-        while queue:
-            result = queue.popleft().result()
-            queue.extend(pool.submit(attempt, item) for item in islice(items, 1))
-            yield result
-
-
-def load_images(paths, size: int):
-    """Yields load_image(path, size) of each path in order, for a bad file its InputError."""
-    return ahead(lambda path: load_image(path, size), paths)
 
 
 if __name__ == "__main__":

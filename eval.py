@@ -14,7 +14,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,12 +90,10 @@ def find_runs(folders: list[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; name a run or a folder of runs")
-        found = []                      # also what may not be read: `read_run` says so of each
-        for place, _, names in os.walk(folder, onerror=lambda error: found.append(error.filename)):
-            if {"config.json", "checkpoint.pt", "scores.csv"} & set(names):
-                found.append(place)
-        for place in map(Path, found):
-            if "ablations" not in place.relative_to(folder).parts:
+        for file in data.walk(folder):  # `read_run` says why a folder may not be read
+            place = file if file.is_dir() else file.parent
+            known = file.is_dir() or file.name in ("config.json", "checkpoint.pt", "scores.csv")
+            if known and "ablations" not in place.relative_to(folder).parts:
                 runs[place.resolve()] = place
     return sorted(runs.values())
 
@@ -155,6 +152,8 @@ def read_maps(scored: ScoredRun) -> dict[str, dict[str, np.ndarray]]:
     try:
         with np.load(file, allow_pickle=False) as content:
             paths, pairs = content["path"].tolist(), content["maps"]          # (n,), (n, 2, g, g)
+        if not np.isfinite(pairs).all():
+            raise ValueError
         return {path: {"structural": structural, "logical": logical, "sum": structural + logical}
                 for path, (structural, logical) in zip(paths, pairs)}
     except Exception:                   # numpy raises a different class for each kind of damage

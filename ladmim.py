@@ -612,6 +612,7 @@ def train_run(job: Job) -> int:
     cfg, defaults = job.cfg, dataclasses.asdict(Config())
     runs.begun_state(job, defaults)                  # another run's folder is refused at once
     photos, n, features, fixed, bad = load_data_set(job)
+    tested = data.fingerprint(photos[n:], job.root)  # now: while it trains, photos may change
     run = Run(job, defaults)                         # no folder before the photos can be read
     run.hold(**fixed)
     if job.take and not run.state["stage"]:
@@ -620,7 +621,9 @@ def train_run(job: Job) -> int:
     hvq = train_hvq(run, cfg, features, n)
     mim = train_mim(run, cfg, hvq, features, n)
     paths = {photo.path.relative_to(job.root).as_posix() for photo in photos[n:]}
-    if runs.as_first(run.state["stage"] != "done" or evaluation.scored_paths(job.out) != paths):
+    if runs.as_first(run.state["stage"] != "done" or run.state.get("tested") != tested
+                     or evaluation.scored_paths(job.out) != paths):
+        run.state["tested"] = tested
         score_photos(run, job, photos, hvq, mim, features)
     if run.writes:
         data.say(f"run: {data.printable(str(run.folder))}\n{evaluation.run_table(run.folder)}")
@@ -703,6 +706,7 @@ class Detector:
     std: torch.Tensor
     masks: torch.Tensor
     normal: dict                       # `learn_normal` of the category
+    white: int = 0                     # of photos of more than 8 bits, as in training
 
     def look(self, images: np.ndarray):
         """images (B, H, W, 3) uint8, as data.load_image gives them -> h0 (B, N, d0), and pixels
@@ -740,7 +744,7 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
         model.to(device).eval().requires_grad_(False)
     return Detector(cfg, pdn, hvq, mim, state["mean"].to(device), state["std"].to(device),
                     scoring_masks(cfg, state["config"]["seed"], device),
-                    state["calibration"][category or known[0]])
+                    state["calibration"][category or known[0]], state.get("white", 0))
 
 
 def predict(args) -> int:
@@ -748,10 +752,11 @@ def predict(args) -> int:
     could not be read."""
     detector = load_detector(args.run, args.category, runs.pick_device(args.device))
     paths, bad, threshold = data.find_images(args.images), 0, detector.normal["threshold"]
-    names, size = data.flat_names(paths), detector.cfg.image_size
+    names, size, white = data.flat_names(paths), detector.cfg.image_size, detector.white
     if args.heatmap:
         data.make_folder(args.heatmap, "--heatmap", paths)
-    for batch in data.in_batches(zip(paths, names, data.load_images(paths, size)), 8):
+    for batch in data.in_batches(zip(paths, names, data.load_images(paths, size, white)), 8):
+        data.warn_of_depth([path for path, *_ in batch], white)
         unreadable = [image for *_, image in batch if isinstance(image, InputError)]
         batch = [item for item in batch if not isinstance(item[2], InputError)]
         for error in unreadable:
@@ -763,7 +768,7 @@ def predict(args) -> int:
             print(verdict_line(path, verdict, structural, logical, score, threshold, args.json))
             if args.heatmap:
                 words = f"{verdict}: score {score:.1f}, threshold {threshold:.1f}"
-                save_heatmap(args.heatmap / f"{name}.png", path, heat, size, words)
+                save_heatmap(args.heatmap / f"{name}.png", path, heat, size, words, white)
     return 1 if bad else 0
 
 

@@ -81,11 +81,12 @@ def compare(scored: evaluation.ScoredRun, ours: dict, cache: Path) -> list[dict]
     cfg, device = detector.cfg, detector.mean.device
     photos = data.find_photos(Path(scored.config.get("root", "")), ours["category"], ours["seed"])
     seen, photos, rows, _ = backbone.find_features(photos, detector.pdn, cfg.image_size, cfg.grid,
-                                                   False, device, cache)
+                                                   False, device, cache, detector.white)
     features = backbone.Features(seen, detector.mean, detector.std, device, rows)
     train, test = (torch.tensor([i for i, photo in enumerate(photos) if photo.split == split])
                    for split in ("train", "test"))
-    images = np.stack(list(data.load_images([photos[i].path for i in test], cfg.image_size)))
+    images = np.stack(list(data.load_images([photos[i].path for i in test], cfg.image_size,
+                                            detector.white)))
     kinds = np.array([photos[i].kind for i in test])
 
     scores, learning, scoring = patchcore(features.h0, train, test)

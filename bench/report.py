@@ -93,8 +93,8 @@ class Judged:
     flagged: bool
     maps: dict                                       # this photo's of `read_maps`
 
-    def thumbnail(self) -> Image.Image:
-        return data.open_image(self.path).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    def thumbnail(self, white: int) -> Image.Image:
+        return data.open_image(self.path, white).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
 def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], float]:
@@ -110,11 +110,11 @@ def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], fl
     return sorted(judged, key=lambda photo: -photo.score), threshold
 
 
-def card(photo: Judged, rank: int, image_size: int) -> str:
-    small = photo.thumbnail()
+def card(photo: Judged, rank: int, detector: ladmim.Detector) -> str:
+    small = photo.thumbnail(detector.white)
     pictures = [picture(small, "photo", "jpeg")]
     for name in ("structural", "logical"):
-        heat = overlay(small, photo.maps[name], image_size)
+        heat = overlay(small, photo.maps[name], detector.cfg.image_size)
         pictures.append(picture(heat, f"{name} map", "jpeg"))
     verdict = "anomaly" if photo.flagged else "good"
     return figure(pictures, f"{rank}. {photo.name}: {photo.score:.2f}, {verdict}",
@@ -123,8 +123,8 @@ def card(photo: Judged, rank: int, image_size: int) -> str:
 
 def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
     """The paper's Figure 5: photo, heat map, the mask that saw most, the histograms it compared."""
-    cfg, masks, small = detector.cfg, detector.masks, photo.thumbnail()
-    h0, pixels = detector.look(data.load_image(photo.path, cfg.image_size)[None])
+    cfg, masks, small = detector.cfg, detector.masks, photo.thumbnail(detector.white)
+    h0, pixels = detector.look(data.load_image(photo.path, cfg.image_size, detector.white)[None])
     _, codes = detector.hvq(h0)
     output = detector.mim(h0, masks)
     error = ladmim.mim_error(detector.mim, output, h0, masks, codes.to(torch.int16), pixels)[0]
@@ -159,7 +159,7 @@ def mistakes(detector: ladmim.Detector, judged: list[Judged], threshold: float) 
 def category_section(scored: evaluation.ScoredRun, category: str) -> str:
     judged, threshold = judge(scored, category)
     detector = ladmim.load_detector(scored.folder, category, torch.device("cpu"))
-    cards = [card(photo, rank, detector.cfg.image_size) for rank, photo in enumerate(judged, 1)]
+    cards = [card(photo, rank, detector) for rank, photo in enumerate(judged, 1)]
     return (f"<h3>Worst mistakes</h3>{grid(mistakes(detector, judged, threshold))}"
             f"<details><summary>All {len(judged)} test photos by score: photo, structural map, "
             f"logical map; wrong verdicts framed</summary>{grid(cards)}</details>")

@@ -464,18 +464,16 @@ def test_a_broken_run_costs_one_line(tmp_path, capsys, name):
 
 
 def test_a_run_that_may_not_be_read_costs_one_line(tmp_path, monkeypatch, capsys):
-    """As os.walk and open behave for another user than root."""
-    def walk(top, onerror):
-        for place, inside, names in real(top, onerror=onerror):
-            if Path(place).name == "closed":
-                onerror(PermissionError(13, "Permission denied", place))
-            else:
-                yield place, inside, names
+    """As a folder's listing and open behave for another user than root."""
+    def iterdir(folder):
+        if folder.name == "closed":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
 
     make_run(tmp_path / "runs/fine")
     (tmp_path / "runs/closed").mkdir()
-    real = evaluation.os.walk
-    monkeypatch.setattr(evaluation.os, "walk", walk)
+    real = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", iterdir)
     (tmp_path / "runs/closed/config.json").symlink_to("/proc/1/mem/x")   # an OSError for anyone
     assert main(["--runs", str(tmp_path / "runs")]) == 1
     out, err = capsys.readouterr()

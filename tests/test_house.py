@@ -14,7 +14,8 @@ FILES = [*PRODUCT, *sorted(ROOT.glob("tests/*.py"))]
 BELOW = {
     "console": set(),
     "options": {"console"},
-    "data": {"console", "twin"},
+    "images": {"console"},
+    "data": {"console", "images", "twin"},
     "eval": {"data"},
     "runs": {"console", "data", "options"},
     "backbone": {"data", "options", "runs"},
@@ -79,7 +80,7 @@ def test_a_file_is_no_longer_and_no_wider_than_agreed(path):
 
 
 def test_the_product_is_no_longer_than_agreed():
-    assert sum(len(lines(path)) for path in PRODUCT) <= 6440
+    assert sum(len(lines(path)) for path in PRODUCT) <= 7600
 
 
 def test_imports_go_one_way():

@@ -315,13 +315,15 @@ def test_nothing_but_the_error_reaches_the_terminal(tmp_path):
     of_palette().save(tmp_path / "alphas.png", transparency=FADED)
     (tmp_path / "large.png").write_bytes(encoded())
     code = textwrap.dedent("""
-        import sys, data
+        import sys, data, images
         from pathlib import Path
-        data.Image.MAX_IMAGE_PIXELS = 3000           # large.png: more, not twice it
-        paths = data.find_images([Path(sys.argv[1])])
-        for path, image in zip(paths, data.load_images(paths, 8)):
-            if not isinstance(image, data.InputError):
-                print(path.name)
+        images.Image.MAX_IMAGE_PIXELS = 3000           # large.png: more, not twice it
+        def command():
+            paths = data.find_images([Path(sys.argv[1])])
+            for path, image in zip(paths, data.load_images(paths, 8)):
+                if not isinstance(image, data.InputError):
+                    print(path.name)
+        sys.exit(data.run_command(command))
         """)
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True,
                           text=True, check=True)

@@ -211,7 +211,24 @@ def other_size(category):
         mask.resize((48, 40), Image.Resampling.NEAREST).save(file)
 
 
+def all_black(category):
+    (category / "defects_config.json").unlink()      # which would refuse it for its values
+    for file in (category / "ground_truth/structural_anomalies/000").glob("*.png"):
+        Image.new("L", (96, 96)).save(file)
+
+
+def holes(run):
+    """A NaN among the maps' values."""
+    with np.load(run / "maps.npz") as content:
+        arrays = dict(content)
+    arrays["maps"][2, 1, 3, 3] = np.nan
+    np.savez_compressed(run / "maps.npz", **arrays)
+
+
 DAMAGE = {
+    "black": (lambda root: all_black(root / "twin-a/juice_bottle"),
+              "structural_anomalies/000/000.png: all black"),
+    "NaN": (lambda root: holes(root / "runs/a"), "missing or damaged"),
     "photos": (lambda root: without(root / "twin-a"), "no longer at"),
     "maps": (lambda root: without(root / "runs/a/maps.npz"), "missing or damaged"),
     "masks": (lambda root: without(root / "twin-a/juice_bottle/ground_truth"), "without g"),

@@ -13,6 +13,7 @@ from conftest import (TRAIN, checkpoint, command, learned_the_same, make_photos,
 import backbone
 import eval as evaluation
 import options
+import ladmim
 import runs
 from backbone import positions
 from data import InputError
@@ -325,6 +326,55 @@ def test_a_finished_run_is_scored_again_where_photos_came(trained, tmp_path):
     shutil.copy(good / "000.png", good / "later.png")
     trains("--out", "run", cwd=tmp_path)
     assert "good/later.png" in (tmp_path / "run/scores.csv").read_text()
+
+
+@pytest.mark.parametrize("replaced", ["test/good/001.png", "validation/good/002.png"])
+def test_a_finished_run_is_scored_again_where_a_photo_was_replaced(trained, tmp_path, replaced):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    photos, before = tmp_path / "photos/widgets", score_rows(tmp_path / "run")
+    shutil.copy(photos / "test/structural_anomalies/000.png", photos / replaced)
+    trains("--out", "run", cwd=tmp_path)
+    rows = score_rows(tmp_path / "run")
+    asked = command("predict", "photos/widgets/test", "photos/widgets/validation", "--run", "run",
+                    "--json", cwd=tmp_path)
+    for line in map(json.loads, asked.stdout.splitlines()):
+        row, = (row for row in rows if line["path"].endswith(row["path"]))
+        assert float(row["score"]) == pytest.approx(line["score"], abs=1e-3)
+    changed = {row["path"] for row, old in zip(rows, before, strict=True) if row != old}
+    assert f"widgets/{replaced}" in changed
+    assert (len(changed) == 1) == replaced.startswith("test")    # all are scored by validation's
+    written = (tmp_path / "run/checkpoint.pt").read_bytes()
+    trains("--out", "run", cwd=tmp_path)                         # and only once
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == written
+
+
+def test_a_photo_that_is_replaced_while_a_run_trains_is_scored_by_the_next_train(
+        photos, tmp_path, monkeypatch):
+    (tmp_path / "photos").unlink()
+    make_photos(tmp_path / "photos")
+    test, train_mim = tmp_path / "photos/widgets/test", ladmim.train_mim
+
+    def replaces(*args):
+        shutil.copy(test / "structural_anomalies/000.png", test / "good/001.png")
+        return train_mim(*args)
+
+    monkeypatch.setattr(ladmim, "train_mim", replaces)
+    trains("--out", "run", cwd=tmp_path)
+    monkeypatch.undo()
+    before = score_rows(tmp_path / "run")
+    trains("--out", "run", cwd=tmp_path)
+    changed = [row["path"] for row, old in zip(score_rows(tmp_path / "run"), before) if row != old]
+    assert changed == ["widgets/test/good/001.png"]
+
+
+def test_a_finished_run_is_scored_again_where_a_photo_changed_its_kind(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    test = tmp_path / "photos/widgets/test"
+    (test / "good/003.png").rename(test / "logical_anomalies/new.png")
+    trains("--out", "run", cwd=tmp_path)
+    kinds = {row["path"]: row["kind"] for row in score_rows(tmp_path / "run")}
+    assert kinds["widgets/test/logical_anomalies/new.png"] == "logical_anomalies"
+    assert "widgets/test/good/003.png" not in kinds
 
 
 def test_the_lock_is_let_go_with_the_run(tmp_path):

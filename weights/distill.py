@@ -123,7 +123,8 @@ class Corpus:
         try:
             with tarfile.open(self.path, "r:") as tar:
                 files = [file for file in tar if file.isfile()
-                         and Path(file.name).suffix.lower() in data.SUFFIXES]
+                         and Path(file.name).suffix.lower() in data.SUFFIXES
+                         and not any(part.startswith(".") for part in Path(file.name).parts)]
         except (OSError, tarfile.TarError):
             raise InputError(f"--images {source}: not a folder and not an uncompressed tar; unpack "
                              "it first") from None

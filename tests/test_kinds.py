@@ -1,0 +1,136 @@
+"""What is a photo, and what a kind: hidden files, links, suffixes, heat maps, twice the same."""
+import os
+import shutil
+
+import pytest
+from PIL import Image
+from conftest import command
+from test_data import loco, picture, pictures, refused
+
+import data
+import eval as evaluation
+
+README = "PNG, JPEG, JPEG 2000, BMP, TIFF, WebP, AVIF, GIF or PNM"
+
+
+def test_hidden_files_and_folders_are_none_at_any_level(tmp_path):
+    folder = loco(tmp_path / ".data")                # the folder given may be hidden
+    before = data.find_photos(tmp_path / ".data", "breakfast_box", 0)
+    seen = data.find_images([folder])
+    for place in (".x", "train/.x", "train/good/.x", "test/.x", "test/.x/y", "test/good/.x/y/z"):
+        pictures(folder / place, 2)
+    for place in ("train/good/.a.png", "test/.a.png", "test/good/._000.png"):
+        picture(folder / place)
+    assert data.find_photos(tmp_path / ".data", "breakfast_box", 0) == before
+    assert data.find_images([folder]) == seen
+    assert data.find_images([folder / "test/.x/y"])  # it was asked for
+
+
+def test_hidden_runs_are_none(tmp_path):
+    for name in ("a", ".trash/b", "c/.x"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "c/scores.csv").write_text("")
+    assert evaluation.find_runs([tmp_path]) == [tmp_path / "a", tmp_path / "c"]
+
+
+def test_every_suffix_of_the_formats_that_the_readme_names_is_taken():
+    formats = ("PNG", "JPEG", "JPEG2000", "BMP", "DIB", "TIFF", "WEBP", "GIF", "PPM", "AVIF")
+    Image.init()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
+    assert known | {".pnm", ".jpe", ".avif"} <= set(data.SUFFIXES)
+    assert README in (data.REPORTED.parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("suffix", [".pnm", ".jpe", ".avif", ".PNM"])
+def test_a_photo_of_a_rarer_suffix_is_read(tmp_path, suffix):
+    folder = tmp_path / "nut/train/good"
+    paths = [folder / f"{i}{suffix}" for i in range(3)]
+    folder.mkdir(parents=True)
+    try:
+        for path in paths:
+            image = Image.new("RGB", (16, 16), "red")
+            image.save(path, {".pnm": "PPM", ".jpe": "JPEG"}.get(suffix.lower()))
+    except (KeyError, OSError):
+        pytest.skip("this Pillow writes no AVIF")
+    assert data.find_images([tmp_path]) == paths
+    assert len(data.find_photos(tmp_path, "nut", 0)) == 3
+    assert data.load_image(paths[0], 8)[0, 0, 0] > 200
+
+
+def test_linked_folders_are_followed_once(tmp_path, capsys):
+    inside = pictures(tmp_path / "given/a", 2)
+    other = pictures(tmp_path / "elsewhere/b", 2)
+    for name, target in (("link", "elsewhere"), ("again", "elsewhere/b"), ("z", "given/a"),
+                         ("self", "given"), ("up", "given/a/.."), ("none", "gone")):
+        (tmp_path / "given" / name).symlink_to(tmp_path / target)
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "given")
+    (tmp_path / "given/loop").symlink_to("loop")
+    found = data.find_images([tmp_path / "given"])
+    assert sorted(map(os.path.realpath, found)) == sorted(map(str, inside + other))
+    assert capsys.readouterr().err == ""
+
+
+def test_photos_that_are_passed_over_are_counted_in_one_line(tmp_path, capsys):
+    folder = loco(tmp_path)
+
+    def lines():
+        return [line for line in data.check_photos(
+            data.find_photos(tmp_path, "breakfast_box", 0), tmp_path) if "passed over" in line]
+
+    assert lines() == []
+    (folder / "train/good/notes.txt").write_text("no photo")
+    (folder / "test/good/label").mkdir()                         # BMAD's masks
+    picture(folder / "test/good/label/0.png")
+    assert lines() == []
+    for name in ("train/good/deeper/1.png", "train/bent/2.JPG", "test/good/x/y/3.tif"):
+        picture(folder / name)
+    (folder / "train/good/4.heic").write_bytes(b"x")
+    (folder / "train/good/5.png").symlink_to(tmp_path / "gone.png")
+    [line] = lines()
+    assert "photos passed over: 5, such as" in line and str(folder / "test/good/x/y/3.tif") in line
+    data.find_images([folder / "train"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {folder / 'train'}: photos passed over: 2, such as")
+
+
+def test_the_same_photo_as_good_and_as_a_defect_is_named(tmp_path):
+    folder = loco(tmp_path)
+    bad, good = folder / "test/structural_anomalies/000.png", folder / "test/good/zzz.png"
+    shutil.copy(bad, folder / "test/structural_anomalies/again.png")
+    photos = data.find_photos(tmp_path, "breakfast_box", 0)
+    assert data.same(photos) == []                               # twice in one kind
+    shutil.copy(bad, good)
+    [line] = data.same(data.find_photos(tmp_path, "breakfast_box", 0))
+    assert str(bad) in line and str(good) in line
+
+
+def test_heat_maps_are_no_photos(trained, tmp_path):
+    shutil.copytree(trained[0] / "photos/widgets/test", tmp_path / "shots")
+    (tmp_path / "run").symlink_to(trained[0] / "run")
+    asked = ("predict", "shots", "--run", "run")
+    first = command(*asked, "--heatmap", "shots/heat", cwd=tmp_path)
+    drawn = sorted((tmp_path / "shots/heat").iterdir())
+    assert first.returncode == 0 and len(drawn) == 12
+    for more in (("--heatmap", "shots/heat"), ()):
+        again = command(*asked, *more, cwd=tmp_path)
+        assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
+    assert sorted((tmp_path / "shots/heat").iterdir()) == drawn
+    refused(lambda: data.find_images([tmp_path / "shots/heat"]), "no images")
+    picture(tmp_path / "shots/heat/own.png")         # photos among them are still not drawn on
+    refused(lambda: data.make_folder(tmp_path / "shots/heat", "--heatmap", data.find_images(
+        [tmp_path / "shots"])), "photos themselves")
+
+
+def test_heat_maps_are_no_kind_of_defect(tmp_path, trained):
+    shutil.copytree(trained[0] / "photos", tmp_path / "photos")
+    (tmp_path / "run").symlink_to(trained[0] / "run")
+    before = data.find_photos(tmp_path / "photos", "widgets", 0)
+    test = tmp_path / "photos/widgets/test"
+    for place in (test / "heat", tmp_path / "maps"):
+        assert command("predict", test / "good", "--run", "run", "--heatmap", place,
+                       cwd=tmp_path).returncode == 0
+    shutil.copy(next((tmp_path / "maps").iterdir()), test / "good/zzz.png")
+    photos = data.find_photos(tmp_path / "photos", "widgets", 0)
+    assert photos == before
+    assert not any("passed" in line for line in data.check_photos(photos, tmp_path / "photos"))
