@@ -331,7 +331,7 @@ def check_photos(photos: list[Photo], root: Path) -> list[str]:
             lines.append(f"{category}: no test photos: it gives scores, but no AUROC")
         with readable():
             lines += passed_over(root / category, walk(root / category), (p.path for p in mine))
-    return (lines + count_mismatch(photos, root) + missing_masks(photos) + odd_masks(photos)
+    return (lines + count_mismatch(photos, root) + missing_masks(photos) + odd_masks(photos, root)
             + same(photos))
 
 
@@ -353,13 +353,15 @@ def count_mismatch(photos: list[Photo], root: Path) -> list[str]:
     return lines
 
 
-def odd_masks(photos: list[Photo]) -> list[str]:
-    """A line on each photo whose masks cannot be read, mark nothing, or over half of it."""
+def odd_masks(photos: list[Photo], root: Path) -> list[str]:
+    """A line on each photo whose masks cannot be read, mark nothing or, but for MVTec LOCO's, which
+    mark wherever a missing part may lie, over half of it."""
     lines, masked = [], [photo for photo in photos if photo.masks]
     for photo, regions in zip(masked, ahead(lambda one: load_regions(one, None), masked)):
         if isinstance(regions, InputError):
             lines.append(str(regions))
-        elif max(mask.mean() for mask, _ in regions) > 0.5:
+        elif (max(mask.mean() for mask, _ in regions) > 0.5
+              and not (root / photo.category / "defects_config.json").exists()):
             lines.append(f"{photo.masks[0]}: marks over half of the photo; a mask is black where "
                          "the photo has no defect")
     return lines

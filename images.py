@@ -186,11 +186,10 @@ def deeper(paths: list[Path], white: int = 0) -> dict[Path, int]:
 
 
 def warn_of_depth(paths: list[Path], white: int):
-    """white: of the training photos."""
-    warn(f"{path}: has values up to {own}, " + (
-        f"but {white} is white in the training photos; what is brighter is cut off" if white else
-        "but the run knows no depth beyond 8 bits; it is read by its format's range")
-        for path, own in deeper(paths, white).items())
+    """white: of the training photos; where all have 8 bits, a deeper one is read by its format."""
+    for path, own in deeper(paths, white).items() if white else ():
+        warn([f"{path}: has values up to {own}, but {white} is white in the training photos; what "
+              "is brighter is cut off"])
 
 
 # Masks

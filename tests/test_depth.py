@@ -103,8 +103,12 @@ def test_a_run_keeps_its_depth_and_uses_it_everywhere(tmp_path):
     assert (sheets[0][:64, :64] == sheets[1][:64, :64]).all()
 
 
-def test_a_run_of_8_bits_warns_of_a_deeper_photo(trained, tmp_path):
-    deep(tmp_path / "deep.tif", np.full((64, 64), 900, np.uint16))
-    asked = command("predict", tmp_path / "deep.tif", "--run", trained[0] / "run")
-    assert asked.returncode == 0 and "deep.tif: has values" in asked.stderr
+def test_a_run_of_8_bits_reads_a_deeper_photo_by_its_format(trained, tmp_path):
+    photo = trained[0] / "photos/widgets/test/good/000.png"
+    grey = np.asarray(Image.open(photo).convert("L"))
+    deep(tmp_path / "deep.tif", grey * np.uint16(257))
+    deep(tmp_path / "grey.tif", grey)
+    asked = command("predict", tmp_path, "--run", trained[0] / "run", "--json")
+    one, other = (json.loads(line)["score"] for line in asked.stdout.splitlines())
+    assert asked.returncode == 0 and asked.stderr == "" and one == other
     assert "depth" not in trained[1].stdout and checkpoint(trained[0] / "run")["white"] == 0
