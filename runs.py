@@ -83,9 +83,9 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
     return jobs
 
 
-def parse(argv, config_class, presets: dict, options: dict) -> argparse.Namespace:
+def parse(argv, config_class, presets: dict, options: dict, add_predict_options):
     """The command line of ladmim.py. Each field of config_class is an option of `train`; options
-    holds the values that some of them are one of."""
+    holds the values that some of them are one of. add_predict_options(parser) adds `predict`'s."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["distill"]:
         raise InputError("distill is now a command of its own: python weights/distill.py")
@@ -111,12 +111,7 @@ def parse(argv, config_class, presets: dict, options: dict) -> argparse.Namespac
                               choices=options.get(field.name))
 
     predict = commands.add_parser("predict", help="score photos with a trained run")
-    add = predict.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    add("--run", type=Path, required=True, help="run folder")
-    add("--category", help="where the run knows several")
-    add("--heatmap", type=Path, metavar="DIR", help="draw photos and heat maps there")
-    add("--json", action="store_true", help="one JSON object a line")
+    add_predict_options(predict)
     for command in (train, predict):
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU, if any")
     return parser.parse_args(argv)
