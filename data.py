@@ -28,6 +28,8 @@ from twin.render import RENDERED_MARK, SCENES, TwinError, render
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif",
             ".ppm", ".pgm", ".pbm")
 SPLITS = ("train", "validation", "test")
+MASK_NAMES = ("looked for are ground_truth/KIND/NAME_mask.png, NAME.png there (or .bmp, .tif, .tiff) "
+              "and a folder NAME there")            # as `find_masks` does, said to people
 VALIDATION = ("validation", "valid", "val")          # MVTec LOCO's name first, then BMAD's
 REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 
@@ -253,11 +255,13 @@ def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
         root = Path("data/rendered")
         for name in SCENES if asked == ["all"] else asked:
             if not (root / name).is_dir():
-                print(f"data: none given, so the rendered twin of {name} is drawn", flush=True)
+                print(f"data: none given with --data, so the rendered twin of {name} is drawn",
+                      flush=True)
                 try:
                     render(root, name)
                 except TwinError as error:
-                    raise InputError(str(error)) from None
+                    raise InputError(f"{error}; if the photos are yours, name the folder above "
+                                     "theirs with --data") from None
     return root, list_categories(root) if asked == ["all"] else asked
 
 
@@ -385,7 +389,7 @@ def missing_masks(photos: list[Photo]) -> list[str]:
         return []
     where = ", ".join(f"{name} {n}" for name, n in bare.items())
     return [f"{bare.total()} of {sum(photo.label for photo in photos)} anomalies have no "
-            f"ground-truth mask, so no localisation figures ({where})"]
+            f"ground-truth mask, so no localisation figures ({where}); {MASK_NAMES}"]
 
 
 def same(photos: list[Photo]) -> list[str]:

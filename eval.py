@@ -144,8 +144,8 @@ def read_run(folder: Path) -> ScoredRun:
 
 
 def read_maps(scored: ScoredRun) -> dict[str, dict[str, np.ndarray]]:
-    """maps.npz: path in scores.csv -> {"structural", "logical", "sum"}, each (g, g), in standard
-    deviations of the validation normals."""
+    """maps.npz: path in scores.csv -> {"structural", "logical", "sum"}, each (g, g). The first two
+    are in standard deviations of the validation normals; their sum's own deviation is not 1."""
     file = scored.folder / "maps.npz"
     try:
         with np.load(file, allow_pickle=False) as content:

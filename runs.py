@@ -91,7 +91,9 @@ def parse(argv, config_class, presets: dict, options: dict, add_predict_options)
         raise InputError("distill is now a command of its own: python weights/distill.py")
     parser = Parser(prog="ladmim.py", description="Logical anomaly detection: train and predict.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train on good photos, score the others")
+    train = commands.add_parser("train", help="train on good photos, score the others",
+                                description="Trains on photos of good products and scores the "
+                                "others. Every photo is squashed to a square of --image-size.")
     add = train.add_argument
     add("--category", required=True, help="a folder's name, a comma list or all: one model for all")
     add("--separate", action="store_true", help="a run for each of these instead")

@@ -173,7 +173,8 @@ def localise(scored: evaluation.ScoredRun, category: str) -> dict:
     root, photos, maps = tested_photos(scored, category)
     defects, size = data.load_defects(root, category), scored.config["image_size"]
     if any(photo.label and not photo.masks for photo in photos):
-        raise InputError(f"{scored.folder}: {category} has anomalies without ground-truth masks")
+        raise InputError(f"{scored.folder}: {category} has anomalies without ground-truth masks; "
+                         f"{data.MASK_NAMES}")
     found = {photo.path: read_regions(photo, defects) for photo in photos}      # once, not each time
     figures, groups = {}, evaluation.anomaly_groups([photo.kind for photo in photos])
     for kind in [evaluation.ANY] if evaluation.ANY in groups else groups:

@@ -20,6 +20,7 @@ What moves through memory, in kB a row (one image, mask and level; K = 512 codes
 from __future__ import annotations
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from .dispatch import jit, on_device, tl, triton, use_triton
 
@@ -27,7 +28,8 @@ from .dispatch import jit, on_device, tl, triton, use_triton
 def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """logits (B, M, L, K), codes (B, L, N), mask (M, N) or (B, M, N) bool -> (B, M, L), 0 to 2.
 
-    Differentiable once in logits. Computed and returned in float32, for float64 logits in float64.
+    Differentiable once in logits, backwards; other derivatives are RuntimeErrors. Computed and
+    returned in float32, for float64 logits in float64.
     On a CPU a mask without a token and a code outside 0..K-1, masked or not, are ValueErrors.
     On a GPU, where looking would make the host wait, a row with such a mask, or with such a code
     among its masked ones, is NaN, and so is its gradient.
@@ -40,6 +42,9 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     if not logits.is_floating_point() or codes.is_floating_point() or mask.dtype != torch.bool:
         raise TypeError("histogram_l1 needs floating-point logits, integer codes and a bool mask, "
                         f"got {logits.dtype}, {codes.dtype}, {mask.dtype}")
+    if unpack_dual(logits).tangent is not None:
+        raise RuntimeError("histogram_l1 has no forward-mode derivative; use backward, or "
+                           "histogram_l1_reference")
     differentiate = logits.requires_grad and torch.is_grad_enabled()
     return _histogram_l1(logits, codes, mask, differentiate)[0]
 
@@ -77,6 +82,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, grad, _):
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError("histogram_l1 has no second derivative; leave create_graph out, or use "
+                           "histogram_l1_reference")
     return (grad[..., None] * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
 
 

@@ -297,6 +297,11 @@ def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
 
 # Commands
 
+def test_help_says_that_photos_are_squashed():
+    for name in ("train", "predict"):
+        assert "squashed to a square" in " ".join(command(name, "--help").stdout.split())
+
+
 def test_the_command_line_as_a_process(tmp_path):
     result = as_process(ladmim.__file__, "predict", "x.png", "--run", "nowhere", cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
