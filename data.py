@@ -28,8 +28,8 @@ from twin.render import RENDERED_MARK, SCENES, TwinError, render
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".bmp", ".tif", ".tiff", ".webp", ".gif",
             ".ppm", ".pgm", ".pbm")
 SPLITS = ("train", "validation", "test")
-MASK_NAMES = ("looked for are ground_truth/KIND/NAME_mask.png, NAME.png there (or .bmp, .tif, .tiff) "
-              "and a folder NAME there")            # as `find_masks` does, said to people
+MASK_NAMES = ("that of test/KIND/NAME is looked for in ground_truth/KIND: NAME_mask.png, NAME.png "
+              "(.bmp, .tif, .tiff) or a folder NAME")
 VALIDATION = ("validation", "valid", "val")          # MVTec LOCO's name first, then BMAD's
 REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 

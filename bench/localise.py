@@ -144,7 +144,7 @@ def tested_photos(scored: evaluation.ScoredRun, category: str):
 
 def read_regions(photo: data.Photo, defects) -> tuple:
     """-> the photo's height and width, and [(pixels, saturation area)] of its defects. Pixels are
-    numbers in the flattened photo: those of all photos fit into memory, as masks they may not."""
+    numbers in the flattened photo: those of all photos fit into memory, and each is read once."""
     shape, regions = data.open_image(photo.path).size[::-1], []
     for mask, saturation in data.load_regions(photo, defects):
         if mask.shape != shape:
@@ -175,7 +175,7 @@ def localise(scored: evaluation.ScoredRun, category: str) -> dict:
     if any(photo.label and not photo.masks for photo in photos):
         raise InputError(f"{scored.folder}: {category} has anomalies without ground-truth masks; "
                          f"{data.MASK_NAMES}")
-    found = {photo.path: read_regions(photo, defects) for photo in photos}      # once, not each time
+    found = {photo.path: read_regions(photo, defects) for photo in photos}
     figures, groups = {}, evaluation.anomaly_groups([photo.kind for photo in photos])
     for kind in [evaluation.ANY] if evaluation.ANY in groups else groups:
         shown = [photo for photo in photos if photo.kind in ("good", *groups[kind])]
