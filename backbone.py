@@ -58,7 +58,9 @@ def place(tokens, image_size: int, height: int, width: int) -> np.ndarray:
 
 
 def overlay(photo: Image.Image, tokens, image_size: int) -> Image.Image:
-    """The photo with what is unlike the validation normals in red: clear from 3, full from 12."""
+    """The photo with what is unlike the validation normals in red: clear from 3, full from 12.
+    One map counts in their standard deviations; the sum of two adds such counts, whose own
+    deviation is not 1."""
     heat = place(tokens, image_size, photo.height, photo.width)
     glow = Image.fromarray((np.clip((heat - 3) / 9, 0, 1) * 180).astype(np.uint8))
     return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)

@@ -26,6 +26,8 @@ from images import (DRAWN, SUFFIXES, UNREAD, ahead, decode, deeper, defect_pixel
 from twin.render import RENDERED_MARK, SCENES, render
 
 SPLITS = ("train", "validation", "test")
+MASK_NAMES = ("that of test/KIND/NAME is looked for in ground_truth/KIND: NAME_mask.png, NAME.png "
+              "(.bmp, .tif, .tiff) or a folder NAME")
 VALIDATION = ("validation", "valid", "val")          # MVTec LOCO's name first, then BMAD's
 REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 
@@ -210,7 +212,7 @@ def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
         root = Path("data/rendered")
         for name in SCENES if asked == ["all"] else asked:
             if not (root / name).is_dir():
-                say(f"data: none given, so the rendered twin of {name} is drawn")
+                say(f"data: none given with --data, so the rendered twin of {name} is drawn")
                 try:
                     render(root, name)
                 except InputError:       # or another process was faster: it drew the same
@@ -374,7 +376,7 @@ def missing_masks(photos: list[Photo]) -> list[str]:
         return []
     where = ", ".join(f"{name} {n}" for name, n in bare.items())
     return [f"{bare.total()} of {sum(photo.label for photo in photos)} anomalies have no "
-            f"ground-truth mask, so no localisation figures ({where})"]
+            f"ground-truth mask, so no localisation figures ({where}); {MASK_NAMES}"]
 
 
 def same(photos: list[Photo]) -> list[str]:

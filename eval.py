@@ -1,6 +1,6 @@
 """AUROC of trained runs, mean and std over seeds, in tables beside the paper's.
 
-    python eval.py                          every run under runs/
+    python eval.py                          every run under runs/; of a lone one a short table
     python eval.py RUN_OR_FOLDER ...        these only
     python eval.py --standardise test       repeats the leak of the published code, and says so
 
@@ -41,6 +41,7 @@ PROTOCOL = (
     "Our protocol: {}; the last epoch, not the best on the test set; an AUROC under 50 is shown as "
     "it is; ± is the sample std over seeds. LADMIM's published code standardises over the whole "
     "test set; HVQ-Trans's published code flips AUROCs under 50. Reported rows are the paper's.")
+MORE = "more: --all adds errors at the threshold, the paper's figures and our protocol"
 MOVED = {"--localise": "bench/localise.py", "--maps": "bench/localise.py --maps DIR",
          "--baselines": "bench/baselines.py", "--ablation": "bench/ablations.py NAME",
          "--report": "bench/report.py"}
@@ -146,8 +147,8 @@ def read_run(folder: Path) -> ScoredRun:
 
 
 def read_maps(scored: ScoredRun) -> dict[str, dict[str, np.ndarray]]:
-    """maps.npz: path in scores.csv -> {"structural", "logical", "sum"}, each (g, g), in standard
-    deviations of the validation normals."""
+    """maps.npz: path in scores.csv -> {"structural", "logical", "sum"}, each (g, g). The first two
+    are in standard deviations of the validation normals; their sum's own deviation is not 1."""
     file = scored.folder / "maps.npz"
     try:
         with np.load(file, allow_pickle=False) as content:
@@ -244,6 +245,15 @@ def total_scores(scored: ScoredRun, category: str, over: str = "validation"):
     s_hvq = standardise(scored.s_hvq, scored.s_hvq[reference])
     s_mim = standardise(scored.s_mim, scored.s_mim[reference])
     return s_hvq + s_mim, test, normals
+
+
+def validation_scores(scored: ScoredRun, category: str) -> np.ndarray:
+    """The final scores of the category's validation normals, (n,)."""
+    mine = (scored.category == category) & ~scored.test & (scored.kind == "good")
+    if not mine.any():
+        raise InputError(f"{scored.folder}: {category} has no validation normals")
+    s_hvq, s_mim = scored.s_hvq[mine], scored.s_mim[mine]
+    return standardise(s_hvq, s_hvq) + standardise(s_mim, s_mim)
 
 
 def evaluate(scored: ScoredRun, category: str, over: str = "validation") -> dict:
@@ -500,13 +510,16 @@ def show(tables: list[tuple], problems: list[str], banner: str = "") -> int:
     return 1 if problems else 0
 
 
-def publish(name: str, args, tables: list[tuple], records, problems: list[str], banner="") -> int:
-    """Prints tables and problems, and writes them and the records as JSON. -> exit code"""
+def publish(name: str, args, tables: list[tuple], records, problems: list[str], banner="",
+            shown="") -> int:
+    """Prints tables, or the text `shown` in their place, and problems, and writes tables, records
+    and problems as JSON. -> exit code"""
     keys = ("banner", "title", "header", "rows")
     write_json(args.json or args.runs / f"{name}.json", {
         "problems": problems, "records": records,
         "tables": [dict(zip(keys, (banner, *table))) for table in tables]})
-    return show(tables, problems, banner)
+    print(shown, end="")
+    return show([] if shown else tables, problems, banner)
 
 
 def parse(argv):
@@ -517,15 +530,19 @@ def parse(argv):
     parser = data.Parser(prog="eval.py", description="AUROC of trained runs beside the paper's. "
                          "More on the same runs: bench/localise.py, baselines.py and report.py.")
     add_runs(parser)
+    parser.add_argument("--all", action="store_true", help="of a lone run, too, errors at the "
+                        "threshold, the paper's figures and our protocol")
     parser.add_argument("--standardise", choices=("validation", "test"), default="validation",
                         help="split that standardises scores; test leaks, as every table says")
     return parser.parse_args(argv)
 
 
 def print_tables(args) -> int:
-    records, problems = evaluate_runs(chosen_runs(args), args.standardise)
-    banner = LEAKS if args.standardise == "test" else ""
-    return publish("eval", args, all_tables(records), records, problems, banner)
+    folders, banner = chosen_runs(args), LEAKS if args.standardise == "test" else ""
+    records, problems = evaluate_runs(folders, args.standardise)
+    short = len(folders) == 1 and records and not (args.all or banner)
+    shown = f"{run_table(folders[0])}\n\n{MORE}\n" if short else ""
+    return publish("eval", args, all_tables(records), records, problems, banner, shown)
 
 
 def main(argv=None) -> int:

@@ -17,7 +17,6 @@ K = 512 codes a level, M = 64 masks an image at scoring.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -33,10 +32,10 @@ import data
 import eval as evaluation
 import options
 import runs
-from backbone import (PATCH, Features, load_data_set, load_pdn, look, pdn_from_state, positions,
-                      save_heatmap)
+from backbone import PATCH, Features, load_data_set, load_pdn, look, pdn_from_state, positions
 from data import InputError
 from kernels import histogram_l1, nearest_code
+from predict import add_options, next_step, predict
 from published import PublishedHVQ
 from runs import Job, Progress, Run, add_up, in_precision, processes, seeded, share
 from scores import HVQ_SCORES, MIM_SCORES, histograms
@@ -626,7 +625,8 @@ def train_run(job: Job) -> int:
         run.state["tested"] = tested
         score_photos(run, job, photos, hvq, mim, features)
     if run.writes:
-        data.say(f"run: {data.printable(str(run.folder))}\n{evaluation.run_table(run.folder)}")
+        data.say(f"run: {data.printable(str(run.folder))}\n{evaluation.run_table(run.folder)}\n"
+                 f"{next_step(run.folder)}")
     return 1 if bad else 0
 
 
@@ -693,7 +693,7 @@ def train(args) -> int:
         return max([train_run(job) for job in jobs])
 
 
-# The command `predict`
+# A trained run on new photos: predict.py and bench/ use it
 
 @dataclass
 class Detector:
@@ -706,7 +706,8 @@ class Detector:
     std: torch.Tensor
     masks: torch.Tensor
     normal: dict                       # `learn_normal` of the category
-    white: int = 0                     # of photos of more than 8 bits, as in training
+    category: str
+    white: int                         # of photos of more than 8 bits, as in training
 
     def look(self, images: np.ndarray):
         """images (B, H, W, 3) uint8, as data.load_image gives them -> h0 (B, N, d0), and pixels
@@ -742,50 +743,19 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     mim.load_state_dict(state["mim"])
     for model in (pdn, hvq, mim):
         model.to(device).eval().requires_grad_(False)
+    category = category or known[0]
     return Detector(cfg, pdn, hvq, mim, state["mean"].to(device), state["std"].to(device),
                     scoring_masks(cfg, state["config"]["seed"], device),
-                    state["calibration"][category or known[0]], state.get("white", 0))
-
-
-def predict(args) -> int:
-    """One line a photo: score, verdict, and which detector saw more. Exit code 1 where a photo
-    could not be read."""
-    detector = load_detector(args.run, args.category, runs.pick_device(args.device))
-    paths, bad, threshold = data.find_images(args.images), 0, detector.normal["threshold"]
-    names, size, white = data.flat_names(paths), detector.cfg.image_size, detector.white
-    if args.heatmap:
-        data.make_folder(args.heatmap, "--heatmap", paths)
-    for batch in data.in_batches(zip(paths, names, data.load_images(paths, size, white)), 8):
-        data.warn_of_depth([path for path, *_ in batch], white)
-        unreadable = [image for *_, image in batch if isinstance(image, InputError)]
-        batch = [item for item in batch if not isinstance(item[2], InputError)]
-        for error in unreadable:
-            data.tell(f"error: {error}")
-        bad += len(unreadable)
-        judged = detector(np.stack([image for *_, image in batch])) if batch else ()
-        for (path, name, _), structural, logical, score, heat in zip(batch, *judged):
-            verdict = "good" if score <= threshold else "anomaly"    # NaN, too
-            print(verdict_line(path, verdict, structural, logical, score, threshold, args.json))
-            if args.heatmap:
-                words = f"{verdict}: score {score:.1f}, threshold {threshold:.1f}"
-                save_heatmap(args.heatmap / f"{name}.png", path, heat, size, words, white)
-    return 1 if bad else 0
-
-
-def verdict_line(path, verdict, structural, logical, score, threshold, as_json: bool) -> str:
-    if not as_json:
-        return (f"{verdict:7} {score:8.2f}  (structural {structural:.2f}, logical {logical:.2f})  "
-                f"{data.printable(str(path))}")
-    numbers = dict(score=score, threshold=threshold, structural=structural, logical=logical)
-    rounded = {name: round(float(value), 4) for name, value in numbers.items()}
-    return json.dumps({"path": str(path), "verdict": verdict, **rounded,
-                       "decided": "structural" if structural >= logical else "logical"})
+                    state["calibration"][category], category, state.get("white", 0))
 
 
 def main(argv=None) -> int:
     def command() -> int:
-        args = runs.parse(argv, Config, PRESETS, OPTIONS)
-        return (train if args.command == "train" else predict)(args)
+        args = runs.parse(argv, Config, PRESETS, OPTIONS, add_options)
+        if args.command == "train":
+            return train(args)
+        device = runs.pick_device(args.device)
+        return predict(load_detector(args.run, args.category, device), args)
     return data.run_command(command, "stopped; what is printed is done, and the same train command "
                             "goes on from its last checkpoint")
 

@@ -5,7 +5,6 @@ A run folder holds config.json (the settings), checkpoint.pt (written once a min
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -85,15 +84,17 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
     return jobs
 
 
-def parse(argv, config_class, presets: dict, options: dict) -> argparse.Namespace:
+def parse(argv, config_class, presets: dict, options: dict, add_predict_options):
     """The command line of ladmim.py. Each field of config_class is an option of `train`; options
-    holds the values that some of them are one of."""
+    holds the values that some of them are one of. add_predict_options(parser) adds `predict`'s."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["distill"]:
         raise InputError("distill is now a command of its own: python weights/distill.py")
     parser = Parser(prog="ladmim.py", description="Logical anomaly detection: train and predict.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train on good photos, score the others")
+    train = commands.add_parser("train", help="train on good photos, score the others",
+                                description="Trains on photos of good products and scores the "
+                                "others. Every photo is squashed to a square of --image-size.")
     add = train.add_argument
     add("--category", required=True, help="a folder's name, a comma list or all: one model for all")
     add("--separate", action="store_true", help="a run for each of these instead")
@@ -113,12 +114,7 @@ def parse(argv, config_class, presets: dict, options: dict) -> argparse.Namespac
                               choices=options.get(field.name))
 
     predict = commands.add_parser("predict", help="score photos with a trained run")
-    add = predict.add_argument
-    add("images", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    add("--run", type=Path, required=True, help="run folder")
-    add("--category", help="where the run knows several")
-    add("--heatmap", type=Path, metavar="DIR", help="draw photos and heat maps there")
-    add("--json", action="store_true", help="one JSON object a line")
+    add_predict_options(predict)
     for command in (train, predict):
         command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU, if any")
     return parser.parse_args(argv)

@@ -8,7 +8,6 @@ Reads each run's maps.npz and the data set's ground-truth masks.
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +26,8 @@ SHOWN = ("pixel AUROC", "AUPRO", "sPRO 0.05")        # in the tables; all are in
 
 # The figures
 
-def components(mask) -> list[np.ndarray]:
-    """mask (H, W) bool -> each 8-connected region as a bool mask.
+def components(mask) -> np.ndarray:
+    """mask (H, W) bool -> (H, W) the number of each pixel's 8-connected region, from 1; 0 outside.
 
     The mask is cut into runs, neighbouring pixels of a row; union-find joins those that touch.
     """
@@ -47,10 +46,10 @@ def components(mask) -> list[np.ndarray]:
     for run in range(len(start)):
         for above in range(first[run], last[run]):
             parent[root(above)] = root(run)
-    regions = defaultdict(lambda: np.zeros(padded.shape, bool))
-    for run in range(len(start)):
-        regions[root(run)].ravel()[start[run]:end[run]] = True
-    return [region[1:-1, 1:-1] for region in regions.values()]
+    number = np.unique([root(run) for run in range(len(start))], return_inverse=True)[1] + 1
+    labels = np.zeros(mask.shape, np.int32)
+    labels[mask] = np.repeat(number, end - start)   # both row by row
+    return labels
 
 
 def union(masks, shape) -> np.ndarray:
@@ -67,8 +66,11 @@ def defect_scores(photos):
         pixels.append(scores[defect])
         for mask, saturation in masks:
             channels.append((scores[mask], saturation))
-        for region in components(defect):
-            regions.append((scores[region], region.sum()))
+        label = components(defect)[defect]
+        order = np.argsort(label)
+        starts = np.flatnonzero(np.diff(label[order], prepend=0))
+        for values in np.split(pixels[-1][order], starts)[1:]:       # before the first is nothing
+            regions.append((values, len(values)))
     return np.concatenate(pixels), channels, regions
 
 
@@ -140,16 +142,29 @@ def tested_photos(scored: evaluation.ScoredRun, category: str):
     return root, photos, maps
 
 
-def maps_and_masks(photos, defects, maps, name: str, image_size: int):
-    """Yields the map of this name and the masks of each photo, as `localisation` takes them."""
-    for photo in photos:
-        shape = data.open_image(photo.path).size[::-1]          # height, width
-        masks = data.load_regions(photo, defects)
-        for mask, _ in masks:
-            if mask.shape != shape:
-                raise InputError(f"{photo.masks[0]}: {mask.shape[1]} x {mask.shape[0]} pixels, its "
-                                 f"photo {shape[1]} x {shape[0]}; they must have the same size")
-        yield place(maps[photo.path][name], image_size, *shape), masks
+def read_regions(photo: data.Photo, defects) -> tuple:
+    """-> the photo's height and width, and [(pixels, saturation area)] of its defects. Pixels are
+    numbers in the flattened photo: those of all photos fit into memory, and each is read once."""
+    shape, regions = data.open_image(photo.path).size[::-1], []
+    for mask, saturation in data.load_regions(photo, defects):
+        if mask.shape != shape:
+            raise InputError(f"{photo.masks[0]}: {mask.shape[1]} x {mask.shape[0]} pixels, its "
+                             f"photo {shape[1]} x {shape[0]}; they must have the same size")
+        regions.append((np.flatnonzero(mask).astype(np.int32), saturation))
+    return shape, regions
+
+
+def maps_and_masks(photos, found: dict, maps, name: str, image_size: int):
+    """Yields the map of this name and the masks of each photo, as `localisation` takes them.
+    found: path -> `read_regions`."""
+    for path in (photo.path for photo in photos):
+        shape, regions = found[path]
+        masks = []
+        for pixels, saturation in regions:
+            mask = np.zeros(shape, bool)
+            mask.ravel()[pixels] = True
+            masks.append((mask, saturation))
+        yield place(maps[path][name], image_size, *shape), masks
 
 
 def localise(scored: evaluation.ScoredRun, category: str) -> dict:
@@ -158,13 +173,15 @@ def localise(scored: evaluation.ScoredRun, category: str) -> dict:
     root, photos, maps = tested_photos(scored, category)
     defects, size = data.load_defects(root, category), scored.config["image_size"]
     if any(photo.label and not photo.masks for photo in photos):
-        raise InputError(f"{scored.folder}: {category} has anomalies without ground-truth masks")
+        raise InputError(f"{scored.folder}: {category} has anomalies without ground-truth masks; "
+                         f"{data.MASK_NAMES}")
+    found = {photo.path: read_regions(photo, defects) for photo in photos}
     figures, groups = {}, evaluation.anomaly_groups([photo.kind for photo in photos])
     for kind in [evaluation.ANY] if evaluation.ANY in groups else groups:
         shown = [photo for photo in photos if photo.kind in ("good", *groups[kind])]
         for name in MAPS:
             figures[name, kind] = localisation(
-                lambda: maps_and_masks(shown, defects, maps, name, size))
+                lambda: maps_and_masks(shown, found, maps, name, size))
     return figures
 
 

@@ -1,11 +1,11 @@
-"""Draws runs as one HTML file: the tables of eval.py, and what the detectors saw.
+"""Draws runs as one HTML file: what the detectors saw, and below it the tables of eval.py.
 
     python bench/report.py                          every run under runs/ -> runs/report.html
     python bench/report.py RUN_OR_FOLDER ... --out FILE
 
 The file has no scripts and asks for nothing from elsewhere. Of each category it shows the run with
-the lowest seed: every test photo with both maps, and the worst mistakes with the mask that saw most
-and its histograms (the paper's Figure 5).
+the lowest seed: the worst mistakes with the mask that saw most and its histograms (the paper's
+Figure 5), and every test photo with both maps.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from data import InputError  # noqa: E402
 MARK = "<!-- made by LADMIM's "
 PAGE = Path(__file__).with_suffix(".html")           # the page without its content
 BLUE, ORANGE, PAPER = "#6aa5f0", "#f0a850", "#1d2026"
-SIDE = 128                                           # pixels of a thumbnail
+SIDE = 128                                           # pixels of a thumbnail's longer side
 
 
 # Parts of the page
@@ -66,14 +66,14 @@ def html_table(title: str, header: list, rows: list) -> str:
 
 def histogram_plot(p, q) -> Image.Image:
     """p, q (L, K): predicted and actual histogram of a masked region. Of each level the 16 codes
-    that matter most."""
+    that differ most: the most frequent ones are often the ground's, and as they should be."""
     image = Image.new("RGB", (340, 24 + 62 * len(p)), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     draw.text((6, 3), "predicted", BLUE, font)
-    draw.text((80, 3), f"actual, codes of levels 1 to {len(p)} downwards", ORANGE, font)
+    draw.text((80, 3), f"actual: what differs most, levels 1 to {len(p)}", ORANGE, font)
     highest = max(p.max(), q.max())
     for level in range(len(p)):
-        bottom, shown = 76 + 62 * level, np.argsort(-np.maximum(p[level], q[level]))[:16]
+        bottom, shown = 76 + 62 * level, np.argsort(-abs(p[level] - q[level]))[:16]
         for i, code in enumerate(np.sort(shown)):
             for values, left, colour in ((p, 6 + 21 * i, BLUE), (q, 15 + 21 * i, ORANGE)):
                 top = bottom - 48 * values[level, code] / highest
@@ -94,7 +94,9 @@ class Judged:
     maps: dict                                       # this photo's of `read_maps`
 
     def thumbnail(self, white: int) -> Image.Image:
-        return data.open_image(self.path, white).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+        photo = data.open_image(self.path, white)
+        size = [max(1, round(SIDE * pixels / max(photo.size))) for pixels in photo.size]
+        return photo.resize(size, Image.Resampling.BILINEAR)
 
 
 def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], float]:
@@ -158,9 +160,12 @@ def mistakes(detector: ladmim.Detector, judged: list[Judged], threshold: float) 
 @torch.inference_mode()
 def category_section(scored: evaluation.ScoredRun, category: str) -> str:
     judged, threshold = judge(scored, category)
+    good, bad = ([photo.flagged for photo in judged if photo.label == label] for label in (0, 1))
     detector = ladmim.load_detector(scored.folder, category, torch.device("cpu"))
     cards = [card(photo, rank, detector) for rank, photo in enumerate(judged, 1)]
-    return (f"<h3>Worst mistakes</h3>{grid(mistakes(detector, judged, threshold))}"
+    return (f"<p>At the threshold {threshold:.2f}, {sum(good)} of {len(good)} good photos are "
+            f"flagged, {len(bad) - sum(bad)} of {len(bad)} anomalies missed.</p>"
+            f"<h3>Worst mistakes</h3>{grid(mistakes(detector, judged, threshold))}"
             f"<details><summary>All {len(judged)} test photos by score: photo, structural map, "
             f"logical map; wrong verdicts framed</summary>{grid(cards)}</details>")
 
@@ -169,8 +174,7 @@ def category_section(scored: evaluation.ScoredRun, category: str) -> str:
 
 def page(records: list[dict]) -> str:
     """A category whose photos or models are no longer there gets a line instead of pictures."""
-    body = [html_table(*table) for table in evaluation.all_tables(records)]
-    keys = ("data", "rendered", "category", *evaluation.GROUP)
+    body, keys = [], ("data", "rendered", "category", *evaluation.GROUP)
     for members in evaluation.grouped(records, *keys).values():
         first = min(members, key=lambda record: record["seed"])
         try:
@@ -181,7 +185,10 @@ def page(records: list[dict]) -> str:
             section = f"<p>No pictures: {html.escape(str(error))}</p>"
         title = (f"{evaluation.data_title(first)}: {first['category']}, {first['preset']}, "
                  f"trained on {first['trained on']}, seed {first['seed']}")
-        body.append(f"<h2>{html.escape(title)}</h2>{section}")
+        figures = ", ".join(f"{name} {100 * first['both'][name]:.1f}" for name in first["columns"]
+                            if name in first["both"])
+        body.append(f"<h2>{html.escape(title)}</h2><p>AUROC %: {html.escape(figures)}</p>{section}")
+    body += ["<h2>Tables</h2>", *(html_table(*table) for table in evaluation.all_tables(records))]
     protocol = html.escape(evaluation.PROTOCOL.format(evaluation.STANDARDISED))
     text = PAGE.read_text(encoding="utf-8")
     return text.replace("{protocol}", protocol).replace("{body}", "".join(body))

@@ -25,7 +25,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
     if choice not in ("", "torch", "triton"):
         raise RuntimeError(f"LADMIM_KERNELS={choice}: must be torch or triton, or unset to choose "
                            "by device")
-    if choice == "torch":
+    if choice == "torch" or not choice and tensor.device.type == "cpu":
         return False
     reason = _why_not(tensor.device)
     if reason and choice == "triton":

@@ -20,6 +20,7 @@ What moves through memory, in kB a row (one image, mask and level; K = 512 codes
 from __future__ import annotations
 
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 from .dispatch import jit, on_device, tl, triton, use_triton
 
@@ -27,7 +28,8 @@ from .dispatch import jit, on_device, tl, triton, use_triton
 def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """logits (B, M, L, K), codes (B, L, N), mask (M, N) or (B, M, N) bool -> (B, M, L), 0 to 2.
 
-    Differentiable once in logits. Computed and returned in float32, for float64 logits in float64.
+    Differentiable once in logits, backwards; other derivatives are right (on a CPU) or refused.
+    Computed and returned in float32, for float64 logits in float64.
     On a CPU a mask without a token and a code outside 0..K-1, masked or not, are ValueErrors.
     On a GPU, where looking would make the host wait, a row with such a mask, or with such a code
     among its masked ones, is NaN, and so is its gradient.
@@ -40,6 +42,12 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     if not logits.is_floating_point() or codes.is_floating_point() or mask.dtype != torch.bool:
         raise TypeError("histogram_l1 needs floating-point logits, integer codes and a bool mask, "
                         f"got {logits.dtype}, {codes.dtype}, {mask.dtype}")
+    if logits.device.type == "cpu" and not (use_triton(logits) or torch.compiler.is_compiling()):
+        # An operator's dispatch would take longer than the rows of a step.
+        return _P_and_difference(logits, codes, mask)[1].abs().sum(-1)
+    if unpack_dual(logits).tangent is not None:
+        raise RuntimeError("histogram_l1 has no forward-mode derivative here; use backward, or "
+                           "histogram_l1_reference")
     differentiate = logits.requires_grad and torch.is_grad_enabled()
     return _histogram_l1(logits, codes, mask, differentiate)[0]
 
@@ -77,6 +85,9 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, grad, _):
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError("histogram_l1 has no second derivative here; leave create_graph out, or use "
+                           "histogram_l1_reference")
     return (grad[..., None] * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
 
 
@@ -86,32 +97,35 @@ _histogram_l1.register_autograd(_gradient, setup_context=_save)
 # ---- torch
 
 def _torch_path(logits, codes, mask, differentiate):
+    P, difference = _P_and_difference(logits, codes, mask)
+    loss = difference.abs().sum(-1)
+    if not differentiate:
+        return loss, P.new_empty(0)
+    return loss, torch._softmax_backward_data(difference.sign_(), P, -1, P.dtype)
+
+
+def _P_and_difference(logits, codes, mask):
+    """P and P - Q, differentiable in logits."""
     (B, M, L, K), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
-    tokens = mask.sum(-1).expand(B, M)
-    index, mask, wrong = codes.long(), mask.expand(B, M, -1), None
+    tokens = mask.sum(-1, dtype=dtype).expand(B, M)[:, :, None, None]
+    index, wrong = codes.long(), None
     if logits.device.type == "cpu":
         if not tokens.all():
             raise ValueError("histogram_l1: a mask has no token")
-        if codes.numel() and not (0 <= codes.min() and codes.max() < K):
-            raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got "
-                             f"{int(codes.min())}..{int(codes.max())}")
     else:  # a GPU that is too old for the kernel
         valid = (index >= 0) & (index < K)  # (B, L, N)
-        wrong = (mask[:, :, None] & ~valid[:, None]).any(-1, keepdim=True)  # (B, M, L, 1)
+        wrong = (mask.expand(B, M, -1)[:, :, None] & ~valid[:, None]).any(-1, keepdim=True)
         index = index.clamp(0, K - 1)
     index = index[:, None].expand(B, M, L, -1)
-    Q = torch.zeros((B, M, L, K), dtype=dtype, device=logits.device)
-    Q.scatter_add_(3, index, mask[:, :, None].to(dtype).expand(B, M, L, -1))
-    Q /= tokens[:, :, None, None]  # NaN where a mask has no token
-    if wrong is not None:
-        Q.masked_fill_(wrong, torch.nan)
+    counts = torch.zeros((B, M, L, K), dtype=dtype, device=logits.device)
+    try:
+        counts.scatter_add_(3, index, mask.to(dtype).expand(B, M, -1)[:, :, None].expand_as(index))
+    except RuntimeError:  # a CPU looks at each index, so no pass of ours has to
+        raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got {int(codes.min())}.."
+                         f"{int(codes.max())}") from None
     P = logits.softmax(-1, dtype=dtype)
-    difference = torch.sub(P, Q, out=Q)
-    if not differentiate:
-        return difference.abs_().sum(-1), P.new_empty(0)
-    loss, sign = difference.abs().sum(-1), difference.sign_()
-    sign -= (P * sign).sum(-1, keepdim=True)
-    return loss, P.mul_(sign)
+    difference = torch.addcdiv(P, counts, tokens, value=-1)  # P - Q; NaN where a mask has no token
+    return P, difference if wrong is None else difference.masked_fill(wrong, torch.nan)
 
 
 # ---- Triton: one program a row

@@ -1,7 +1,9 @@
 """train and predict as a user types them."""
+import csv
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -187,6 +189,102 @@ def test_predict_goes_on_past_a_bad_photo(trained, tmp_path):
     assert len(result.stdout.splitlines()) == 1
 
 
+def test_the_last_line_counts_what_was_flagged_and_a_bad_photo_has_a_record(trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    asked = ("predict", tmp_path / "bad.png", "photos/widgets/test", "--run", "run", "--json")
+    result = command(*asked, "--csv", tmp_path / "out/all.csv", cwd=folder)
+    assert result.returncode == 1
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [record["verdict"] == "unreadable" for record in records] == [True] + [False] * 12
+    assert "cannot be read as an image" in records[0]["error"]
+    flagged = sum(record["verdict"] == "anomaly" for record in records)
+    assert 0 < flagged < 12
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"{flagged} of 13 photos flagged, 1 unreadable; threshold ")
+    assert "the largest of 4 validation photos, so one good photo in 5" in last
+    with open(tmp_path / "out/all.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13                           # the same as in JSON
+    for row, record in zip(rows, records):
+        assert {key: value for key, value in row.items() if value} == {
+            key: str(value) for key, value in record.items()}
+
+
+def test_a_table_never_replaces_another_file_and_is_kept_at_ctrl_c(trained, tmp_path, monkeypatch):
+    folder, file = trained[0], tmp_path / "mine.csv"
+    file.write_text("my,own\n")
+    asked = ("predict", "photos/widgets/test", "--run", "run", "--csv", file)
+    assert str(file) in one_error(command(*asked, cwd=folder)) and file.read_text() == "my,own\n"
+    file.unlink()
+    whole, calls = ladmim.Detector.__call__, []
+
+    def interrupted(self, images):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return whole(self, images)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ladmim.Detector, "__call__", interrupted)
+        assert command(*asked, cwd=folder).returncode == 130
+    assert len(file.read_text().splitlines()) == 1 + 8
+    assert command(*asked, cwd=folder).returncode == 0      # its own it replaces
+    assert len(file.read_text().splitlines()) == 1 + 12
+
+
+def test_thresholds_as_asked_for(trained):
+    """A number as it is; a share of false alarms as NumPy's percentile of the validation scores."""
+    folder, _ = trained
+    scores = [float(row["score"]) for row in score_rows(folder / "run")
+              if row["split"] == "validation"]
+
+    def asked(*more):
+        result = command("predict", "photos/widgets/test", "--run", "run", "--json", *more,
+                         cwd=folder)
+        lines = [json.loads(line) for line in result.stdout.splitlines()]
+        for line in lines:
+            assert line["verdict"] == ("anomaly" if line["score"] > line["threshold"] else "good")
+        return result, {line["threshold"] for line in lines}
+
+    result, thresholds = asked("--threshold", "-1.5")
+    assert thresholds == {-1.5} and result.stderr.splitlines()[-1].endswith("-1.50: as given")
+    for share, few in ((0.4, False), (0.2, False), (0.1, True), (0.01, True)):
+        result, (threshold,) = asked("--false-alarms", share)
+        expected = np.percentile(scores, 100 * (1 - share), method="weibull")
+        assert threshold == pytest.approx(expected, abs=1e-4)
+        warned = result.stderr.startswith(f"warning: --false-alarms {share}: its threshold is the "
+                                          "largest of 4 validation photos")
+        assert warned == few
+        assert few or f"{100 * share:g} % of further good" in result.stderr.splitlines()[-1]
+    for wrong in (["--false-alarms", "0"], ["--false-alarms", "1"], ["--false-alarms", "nan"],
+                  ["--threshold", "nan"], ["--threshold", "1", "--false-alarms", "0.1"]):
+        result, thresholds = asked(*wrong)
+        assert wrong[-2] in one_error(result) and not thresholds
+
+
+def test_a_lone_checkpoint_still_predicts(trained, tmp_path):
+    folder, _ = trained
+    shutil.copy(folder / "run/checkpoint.pt", tmp_path)
+    lone, whole = (command("predict", folder / "photos/widgets/test", "--run", run)
+                   for run in (tmp_path, folder / "run"))
+    assert lone.returncode == 0 and lone.stdout == whole.stdout
+    asked = ("predict", folder / "photos/widgets/test", "--run", tmp_path, "--false-alarms", "0.1")
+    assert str(tmp_path) in one_error(command(*asked))
+
+
+def test_training_ends_with_the_next_command_and_what_the_threshold_is_worth(trained, tmp_path):
+    """The command works as it is printed."""
+    folder, result = trained
+    worth, following = result.stdout.splitlines()[-2:]
+    threshold = checkpoint(folder / "run")["calibration"]["widgets"]["threshold"]
+    assert worth.startswith(f"threshold of widgets: {threshold:.2f}; the largest of 4 validation")
+    assert "one good photo in 5 is expected above it; 5 % takes 19" in worth
+    start, _, rest = following.partition(" PHOTO_OR_FOLDER... ")
+    assert start == "next: python ladmim.py predict"
+    assert command("predict", "photos/widgets/test", *shlex.split(rest), cwd=folder).returncode == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="pipes close in another way")
 def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
     """As with `| head`: the first line is read, and nobody reads the others."""
@@ -233,6 +331,11 @@ def test_names_that_are_not_utf_8_or_not_in_the_terminals_encoding(tmp_path):
 
 
 # Commands
+
+def test_help_says_that_photos_are_squashed():
+    for name in ("train", "predict"):
+        assert "squashed to a square" in " ".join(command(name, "--help").stdout.split())
+
 
 def test_the_command_line_as_a_process(tmp_path):
     result = as_process(ladmim.__file__, "predict", "x.png", "--run", "nowhere", cwd=tmp_path)

@@ -356,10 +356,11 @@ def test_without_data_the_twin_is_drawn_once(tmp_path, monkeypatch, capsys):
     rendered = Path("data/rendered")
     assert data.find_data(None, "pushpins,screw_bag,pushpins") == (
         rendered, ["pushpins", "screw_bag"])
-    assert drawn == ["pushpins", "screw_bag"] and "none given" in capsys.readouterr().out
+    assert drawn == ["pushpins", "screw_bag"]
+    assert "none given with --data" in capsys.readouterr().out
     assert data.find_data(None, "all") == (rendered, sorted(data.SCENES))
     assert sorted(drawn) == sorted(data.SCENES)
-    refused(lambda: data.find_data(None, "nut"), "--category nut")
+    refused(lambda: data.find_data(None, "nut"), "--category nut", "--data")
     assert data.find_data(str(rendered), "all") == (rendered, sorted(data.SCENES))
     assert data.find_data("photos", "b,a") == (Path("photos"), ["a", "b"])
     loco(Path("data/mvtec_loco_anomaly_detection"), "pushpins")
@@ -449,6 +450,8 @@ def test_missing_masks_are_counted_once(tmp_path):
     [warning] = data.missing_masks(photos)
     assert warning.startswith("5 of 8 anomalies") and "breakfast_box 1, pushpins 4" in warning
     assert warning in data.check_photos(photos, tmp_path)
+    for name in ("ground_truth/KIND", " NAME_mask.png", " NAME.png", ".bmp", "a folder NAME"):
+        assert name in warning
 
 
 def test_count_table(tmp_path):

@@ -162,7 +162,7 @@ def test_a_score_at_the_threshold_is_not_flagged(tmp_path):
 
 def test_a_missing_kind_leaves_a_gap(tmp_path, capsys):
     make_run(tmp_path / "runs/a", kinds={"good": 5, "logical_anomalies": 5})
-    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    assert main(["--runs", str(tmp_path / "runs"), "--all"]) == 0
     assert auroc_lines(capsys.readouterr().out)[1][-2:] == ["–", "–"]
 
 
@@ -274,14 +274,14 @@ def test_real_loco_stands_beside_the_paper(tmp_path, capsys):
 
 def test_only_our_categories_of_the_papers_are_shown(tmp_path, capsys):
     make_run(tmp_path / "runs/a")
-    main(["--runs", str(tmp_path / "runs")])
+    main(["--runs", str(tmp_path / "runs"), "--all"])
     names = {row[0] for row in reported_lines(capsys.readouterr().out)}
     assert names == {"breakfast_box", "mean of 5"}
 
 
 def test_own_categories_get_no_reported_rows(tmp_path, capsys):
     make_run(tmp_path / "runs/a", "my_part")
-    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    assert main(["--runs", str(tmp_path / "runs"), "--all"]) == 0
     assert not reported_lines(capsys.readouterr().out)
 
 
@@ -339,6 +339,22 @@ def test_other_defect_names_get_one_image_auroc_and_figures_by_defect(tmp_path, 
     errors, = (table for table in report["tables"] if table["header"][-1] == "missed any defect")
     missed = np.mean(both[test & (kind != "good")] <= threshold)
     assert [[row[0], row[-1]["mean"]] for row in errors["rows"]] == [["bottle", missed]]
+
+
+def test_of_a_lone_run_its_table_comes_alone_and_all_adds_the_rest(tmp_path, capsys):
+    make_run(tmp_path / "runs/a")
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    out, in_short = capsys.readouterr().out, json.loads((tmp_path / "runs/eval.json").read_text())
+    assert out.startswith(run_table(tmp_path / "runs/a")) and "--all" in out.splitlines()[-1]
+    assert "reported" not in out and "false alarms" not in out and "protocol:" not in out
+    assert main(["--runs", str(tmp_path / "runs"), "--all"]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("reported", "false alarms", "Our protocol: "))
+    assert json.loads((tmp_path / "runs/eval.json").read_text()) == in_short   # always whole
+    assert len(in_short["tables"]) == 2
+    make_run(tmp_path / "runs/b", seed=1)
+    assert main(["--runs", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.startswith("Our protocol: ")
 
 
 # Command line

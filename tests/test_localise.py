@@ -2,6 +2,7 @@
 scikit-learn and scipy; and its command."""
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 from test_eval import lines_of
 
 import data
@@ -117,10 +118,34 @@ def test_without_defects_or_without_normal_pixels_there_is_no_figure():
 @given(st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.integers(0, 10**6))
 def test_components_equal_scipys(height, width, share, seed):
     mask = np.random.default_rng(seed).random((height, width)) < share
-    labels, count = ndimage.label(mask, EIGHT)
-    expected = {(labels == i + 1).tobytes() for i in range(count)}
-    assert {region.tobytes() for region in components(mask)} == expected
-    assert len(components(mask)) == count
+    expected, count = ndimage.label(mask, EIGHT)
+    found = components(mask)
+    assert found.shape == mask.shape and np.array_equal(found > 0, mask)
+    pairs = np.unique(np.stack([expected[mask], found[mask]]), axis=1)
+    assert pairs.shape[1] == count                   # one number for each of scipy's regions
+    assert sorted(pairs[1]) == list(range(1, count + 1))
+
+
+def test_many_specks_take_little_memory():
+    """One mask a region would be 1,024 MiB here."""
+    mask = np.zeros((512, 512), bool)
+    mask[::8, ::8] = True                            # 4,096 regions of a pixel
+    scores = np.random.default_rng(0).random(mask.shape).astype(np.float32)
+    tracemalloc.start()
+    figures = localisation(lambda: iter([(scores, [(mask, 1.0)])]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * 2 ** 20
+    assert figures["AUPRO"] == pytest.approx(curve_area_of_pixels(scores, mask, 0.3), abs=1e-9)
+
+
+def curve_area_of_pixels(scores, mask, limit):
+    """Regions of one pixel each: their overlap is the true positive rate."""
+    above, found, _ = roc_curve(mask.ravel(), scores.ravel(), drop_intermediate=False)
+    inside = above < limit
+    at_limit = np.interp(limit, above, found)
+    x, y = np.array([*above[inside], limit]), np.array([*found[inside], at_limit])
+    return np.diff(x) @ (y[1:] + y[:-1]) / 2 / limit
 
 
 @pytest.mark.parametrize("grid, height, width", [(12, 256, 256), (24, 224, 224), (12, 130, 310),
@@ -185,6 +210,20 @@ def test_the_table_and_the_maps_agree(run, monkeypatch, capsys):
                            for figure in ("pixel AUROC", "AUPRO", "sPRO 0.05")]
         record, = (r for r in records if (r["map"], r["kind"]) == ("their sum", name))
         assert record["figures"] == pytest.approx(again, abs=1e-9)
+
+
+def test_every_photo_and_mask_is_decoded_once(run, monkeypatch):
+    scored, decoded = evaluation.read_run(run / "runs" / "a"), []
+    decode = data.decode
+
+    def counted(content, path, use):
+        decoded.append(path)
+        return decode(content, path, use)
+
+    monkeypatch.setattr(data, "decode", counted)
+    localise.localise(scored, "juice_bottle")
+    photos = [p for p in data.find_photos(run / "twin", "juice_bottle", 0) if p.split == "test"]
+    assert sorted(decoded) == sorted(path for p in photos for path in (p.path, *p.masks))
 
 
 @pytest.fixture

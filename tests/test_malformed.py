@@ -104,7 +104,8 @@ def test_two_hundred_photos_most_of_them_damaged(place, tmp_path):
     for name, (content, _) in images.items():
         (tmp_path / name).write_bytes(content)
     result, before = command("predict", tmp_path, "--run", place / "run"), f"{tmp_path}{os.sep}"
-    lines = result.stderr.splitlines()
+    *lines, counted = result.stderr.splitlines()
+    assert f" of {len(images)} photos flagged, {len(lines)} unreadable; threshold" in counted
     refused = {line.split(before)[1].split(":")[0] for line in lines}
     read = {line.split(before)[1] for line in result.stdout.splitlines()}
     assert result.returncode == 1 and len(lines) == len(refused)
@@ -130,7 +131,7 @@ def test_strange_names_are_read_and_reported_in_one_line(place, tmp_path):
                 file.write(content)
     done = subprocess.run([sys.executable, ladmim.__file__, "predict", good, bad, "--run",
                            place / "run", "--heatmap", tmp_path / "heat"], capture_output=True)
-    said, wrong = done.stdout.splitlines(), done.stderr.splitlines()
+    said, (*wrong, _) = done.stdout.splitlines(), done.stderr.splitlines()
     assert done.returncode == 1 and len(said) == len(wrong) == len(STRANGE), done
     for name in STRANGE:
         shown = data.printable(os.fsdecode(name)).encode()

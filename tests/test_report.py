@@ -93,6 +93,40 @@ def test_the_report_is_whole_and_asks_for_nothing(small, capsys):
         assert cell in page.words
 
 
+def test_pictures_come_before_tables_and_a_summary_before_both(small, capsys):
+    train("one/run")
+    assert report.main(["one", "--out", "order.html"]) == 0
+    text, record = open("order.html").read(), evaluation.evaluate(
+        evaluation.read_run(small / "one/run"), "juice_bottle")
+    missed = sum(round(6 * rate) for rate in record["missed"].values())
+    counts = (f"{round(6 * record['false alarms']['good'])} of 6 good photos are flagged, "
+              f"{missed} of 12 anomalies missed")
+    average = f"average {100 * record['both']['average']:.1f}"
+    order = [text.index(part) for part in (average, counts, "Worst mistakes", "<img", "<table")]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize("width, height, size", [
+    (300, 150, (128, 64)), (100, 200, (64, 128)), (40, 20, (128, 64)), (2000, 3, (128, 1))])
+def test_thumbnails_keep_the_photos_shape(tmp_path, width, height, size):
+    Image.new("RGB", (width, height)).save(tmp_path / "a.png")
+    judged = report.Judged(tmp_path / "a.png", "a", 0, 0.0, False, {"structural": np.ones((4, 4)),
+                                                                   "logical": np.ones((4, 4))})
+    assert judged.thumbnail().size == size
+    for source in re.findall(r"base64,([^\"]*)", report.card(judged, 1, 64)):
+        assert Image.open(io.BytesIO(base64.b64decode(source))).size == size
+
+
+def test_histograms_show_the_codes_that_differ(monkeypatch):
+    """The ground's code is by far the most frequent and as predicted: it leaves its place."""
+    p, q = np.full((1, 20), 0.01), np.full((1, 20), 0.01)
+    p[0, :4] = q[0, :4] = 0.2                        # the ground
+    q[0, 4:] += np.linspace(-0.005, 0.005, 16)       # all others differ, if by little
+    image = np.asarray(report.histogram_plot(p, q))
+    bars = (image == np.array([0x6a, 0xa5, 0xf0])).all(-1)[40:77]
+    assert bars.any() and bars.sum(0).max() <= 3 + 48 * 0.015 / 0.2
+
+
 def test_a_report_is_never_written_over_another_file(small, capsys):
     (small / "mine.html").write_text("<p>mine</p>")
     make_run(small / "lone" / "run")

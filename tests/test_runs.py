@@ -17,13 +17,13 @@ import ladmim
 import runs
 from backbone import positions
 from data import InputError
-from ladmim import OPTIONS, PRESETS, Config
+from ladmim import OPTIONS, PRESETS, Config, add_options
 
 
 # Options and settings
 
 def parse(*argv):
-    return runs.parse(list(argv), Config, PRESETS, OPTIONS)
+    return runs.parse(list(argv), Config, PRESETS, OPTIONS, add_options)
 
 
 @pytest.mark.parametrize("text, seeds", [("3", [3]), ("0-4", [0, 1, 2, 3, 4]),
