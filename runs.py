@@ -169,8 +169,8 @@ def check_settings(cfg, options: dict, side: int):
     check("codes", cfg.codes <= 2 ** 15, f"at most {2 ** 15}")
     check("grid", side >= cfg.grid and side % cfg.grid == 0,
           f"must divide the backbone's {max(side, 0)} positions at --image-size {cfg.image_size}")
-    check("grid", cfg.mask != "checkerboard" or cfg.grid % 12 == 0,
-          "--mask checkerboard needs a multiple of 12")
+    check("grid", cfg.mask != "checkerboard" or (cfg.grid >= 8 and cfg.grid % 4 == 0),
+          "--mask checkerboard needs a multiple of 4, at least 8")
     check("mim_score", cfg.mim_score != "whitened" or cfg.target == "histogram",
           f"--target {cfg.target} has no histograms to measure; add --mim-score mean")
     check("mim_score", cfg.mim_score != "whitened" or cfg.levels * cfg.codes <= 512,

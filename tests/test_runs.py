@@ -49,7 +49,7 @@ def test_every_preset_works(preset):
 
 
 @pytest.mark.parametrize("settings, option", [
-    ({"mask": "stripes"}, "--mask"), ({"mask": "checkerboard", "grid": 16}, "--grid"),
+    ({"mask": "stripes"}, "--mask"), ({"mask": "checkerboard", "grid": 6}, "--grid"),
     ({"target": "code", "mim_score": "whitened"}, "--mim-score"),
     ({"codes": 129, "mim_score": "whitened"}, "--mim-score"), ({"grid": 7}, "--grid"),
     ({"image_size": 30}, "--grid"), ({"codes": 2 ** 15 + 1}, "--codes"),
