@@ -1,7 +1,7 @@
 """The paper's rivals on the same PDN, photos, seeds and protocol as LADMIM, in one table.
 
     python bench/baselines.py --data DIR --category a,b    trains LADMIM and the rivals, each alone
-    python bench/baselines.py --category all --multi       one model of all, too, and what that costs
+    python bench/baselines.py --category all --multi       one model of all, too (Table 3)
     python bench/baselines.py [RUN ...]                    beside runs that there are
 
 What is finished is not done again: each rival keeps its scores in RUN/rivals. Ctrl-C stops; the
@@ -40,6 +40,7 @@ def ladmim_costs(photos: Photos) -> dict:
             "megabytes": megabytes(detector.pdn, detector.hvq, detector.mim)}
 
 
+REPORTED_AS = {"EfficientAD-S": "EfficientAD"}       # a system -> its name in the paper's tables
 # Name -> what is kept of it, of (photos, the most steps of its training).
 METHODS = {
     "patchcore": lambda photos, steps: run_patchcore(photos, average=True),
@@ -50,7 +51,9 @@ METHODS = {
 def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
     """What the method found on these photos: in RUN/rivals, or now."""
     folder = photos.scored_run.folder / "rivals"
-    file, about = folder / f"{name}.json", {"photos": photos.paths, "steps asked for": steps}
+    file, about = folder / f"{name}.json", {
+        "photos": photos.paths, "scored": [photos.paths[i] for i in photos.scored.tolist()],
+        "steps asked for": steps}
     if file.exists():
         try:
             kept = json.loads(evaluation.read_text(file))
@@ -68,7 +71,7 @@ def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
 
 
 def with_hvq(photos: Photos, scores) -> np.ndarray:
-    """Table 6: a rival's scores plus S_HVQ, both standardised by the category's validation normals."""
+    """Table 6: scores plus S_HVQ, both standardised by the category's validation normals."""
     run, scored = photos.scored_run, photos.scored.tolist()
     s_hvq = dict(zip(run.path.tolist(), run.s_hvq.tolist()))
     parts = np.array(scores), np.array([s_hvq[photos.paths[i]] for i in scored])
@@ -154,25 +157,28 @@ def curve_table(records: list[dict], most: int = 8) -> list[tuple]:
 
 
 def multi_table(records: list[dict]) -> list[tuple]:
-    """Table 3: each system trained on one category, on all at once, and the difference."""
+    """Table 3: each system trained on each category alone, on all at once, and the difference,
+    beside the paper's."""
     tables = []
+    paper = json.loads(evaluation.REPORTED.read_text(encoding="utf-8"))["table3_multi_class"]
     for members in evaluation.grouped(records, "data", "preset", "columns").values():
-        column, rows = members[0]["columns"][-1], []
-        if members[0]["columns"] != (evaluation.ANY,):
-            column = next((c for c in ("average", *evaluation.KINDS)
-                           if evaluation.spread(members, "both", c)), column)
+        rows = []
         for system in dict.fromkeys(record["system"] for record in members):
             same = [record for record in members if record["system"] == system]
             alone, all_ = ({(r["category"], r["seed"]): r for r in same
                             if (r["trained on"] == "each alone") == one} for one in (True, False))
-            shared = sorted(alone.keys() & all_.keys())
-            pair = [evaluation.spread([of[key] for key in shared], "both", column)
-                    for of in (alone, all_)]
-            if shared and None not in pair:
-                rows.append([system, *pair, f"{100 * (pair[1].mean - pair[0].mean):+.1f}"])
-        title = f"{evaluation.data_title(members[0])}: one model of all categories, {column}, AUROC %"
-        if rows:
-            tables.append((title, ["system", "each alone", "one model", "Δ_multi"], rows))
+            shared = alone.keys() & all_.keys()
+            for column in same[0]["columns"] if shared else ():
+                pair = [evaluation.spread([of[key] for key in shared], "both", column)
+                        for of in (alone, all_)]
+                if None not in pair:
+                    theirs = paper["delta_multi"].get(REPORTED_AS.get(system, system))
+                    delta = f"{100 * (pair[1].mean - pair[0].mean):+.1f}"
+                    rows.append([system, column, *pair, delta,
+                                 f"{theirs:+.1f}" if theirs and column == "average" else None])
+        title = f"{evaluation.data_title(members[0])}: one model of all categories, AUROC %"
+        header = ["system", "", "each alone", "one model", "Δ_multi", "the paper's, on LOCO"]
+        tables += [(title, header, rows)] if rows else []
     return tables
 
 
@@ -192,8 +198,9 @@ def reported_table(records: list[dict]) -> list[tuple]:
             rows[-1] += [[percent(figures[kind][one][system]) for kind in evaluation.KINDS]
                          for one in known]
     for system, row in paper["table6_combined_with_hvq"].items() if number == 2 else ():
-        rows.append([f"{system} (Table 6)", *(percent(row[c]) for c in first["columns"])])
-        rows[-1] += [None] * len(known)
+        if system != "note":
+            rows.append([f"{system} (Table 6)", *(percent(row[c]) for c in first["columns"])])
+            rows[-1] += [None] * len(known)
     note = "REFERENCE ONLY, not comparable with rendered data: " if first["rendered"] else ""
     return [(f"{note}the paper's Table {number}, means of LOCO's five categories",
              ["system", *first["columns"], *known], rows)]

@@ -42,12 +42,12 @@ class Autoencoder(nn.Sequential):
 
         super().__init__(*down(3, 32), *down(32, 32), *down(32, 64), *down(64, 64),
                          nn.AdaptiveAvgPool2d(8), nn.Conv2d(64, LATENT, 8), *up(3), *up(8),
-                         *up(max(1, side // 2)), *up(side), nn.Conv2d(LATENT, CHANNELS, 3, padding=1))
+                         *up(max(1, side // 2)), *up(side),
+                         nn.Conv2d(LATENT, CHANNELS, 3, padding=1))
 
 
 class EfficientAD(nn.Module):
-    def __init__(self, image_size: int, width: float = 1.0):
-        """width: the student's and the autoencoder's channels, as a share of the paper's."""
+    def __init__(self, image_size: int):
         super().__init__()
         self.student = build_pdn("small")
         self.student[-1] = nn.Conv2d(256, 2 * CHANNELS, 4)

@@ -1,8 +1,8 @@
 """SMAE and MAEDAY: what a masked autoencoder cannot guess from the rest of the photo is anomalous.
 
-SMAE (Yao et al. 2022: siamese transition masked autoencoders) guesses the PDN's features. The tokens
-are split in two halves at random. Two branches with the same weights each see one half and guess the
-other. The original moves latent codes from one half to the other; here the decoder does it.
+SMAE (Yao et al. 2022: siamese transition masked autoencoders) guesses the PDN's features. The
+tokens are split in two halves at random. Two branches with the same weights each see one half and
+guess the other. The original moves latent codes from one half to the other; here the decoder does.
 
 MAEDAY (Schwartz et al. 2022) guesses pixels: patches of 16x16, a quarter of them visible. Error
 over 32 masks. The original's autoencoder has learned ImageNet; this one starts from nothing.
@@ -20,8 +20,8 @@ from ladmim import Block
 from rival import Photos, Plan, as_input, fit, megabytes, milliseconds
 from runs import seeded
 
-SMAE = Plan(steps=20_000, every=250, batch=8, lr=5e-4, weight_decay=0.05)
-MAEDAY = Plan(steps=50_000, every=500, batch=16, lr=5e-4, weight_decay=0.05)
+SMAE = Plan(steps=20_000, every=250, batch=4, lr=5e-4, weight_decay=0.05)
+MAEDAY = Plan(steps=20_000, every=500, batch=8, lr=5e-4, weight_decay=0.05)
 PATCH = 16                              # pixels a side, MAEDAY's
 VISIBLE = 0.25                          # share of MAEDAY's patches
 PAIRS, MASKS = 8, 32                    # at scoring: SMAE's pairs of halves, MAEDAY's masks
@@ -31,7 +31,7 @@ BLUR = 1.4                              # pixels, of MAEDAY's map
 class MaskedAutoencoder(nn.Module):
     """The encoder sees the visible tokens only; the decoder guesses all of them."""
 
-    def __init__(self, channels: int, tokens: int, width=192, blocks=4, narrow=128, decoder_blocks=2):
+    def __init__(self, channels: int, tokens: int, width=192, blocks=3, narrow=128, guessing=1):
         super().__init__()
         self.embed = nn.Linear(channels, width)
         self.positions = nn.Parameter(0.02 * torch.randn(tokens, width))
@@ -39,7 +39,7 @@ class MaskedAutoencoder(nn.Module):
         self.narrow = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, narrow))
         self.hidden = nn.Parameter(torch.zeros(narrow))              # stands for a hidden token
         self.decoder_positions = nn.Parameter(0.02 * torch.randn(tokens, narrow))
-        self.decoder = nn.ModuleList(Block(narrow, 4, 0.0) for _ in range(decoder_blocks))
+        self.decoder = nn.ModuleList(Block(narrow, 4, 0.0) for _ in range(guessing))
         self.out = nn.Sequential(nn.LayerNorm(narrow), nn.Linear(narrow, channels))
 
     def forward(self, x, visible):
@@ -56,22 +56,28 @@ class MaskedAutoencoder(nn.Module):
             tokens = block(tokens)
         return self.out(tokens)
 
-    def error(self, x, visible):
-        """-> (B, N) squared error of each token, the channels' mean, and 1.0 where it was hidden."""
-        hidden = torch.ones(x.shape[:2], device=x.device).scatter(1, visible, 0.0)
-        return (self(x, visible) - x).square().mean(-1), hidden
+
+def hides(visible, tokens: int) -> torch.Tensor:
+    """visible (B, V) numbers of tokens -> (B, N), 1.0 where a token is hidden."""
+    return torch.ones(len(visible), tokens, device=visible.device).scatter(1, visible, 0.0)
+
+
+def token_error(guess: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(B, N, C) -> (B, N) squared error of each token, the channels' mean."""
+    return (guess - x).square().mean(-1)
 
 
 def splits(count: int, tokens: int, share: float, both: bool, generator) -> torch.Tensor:
-    """`count` random choices of a share of the tokens, (count, V); with both, of an even number of
-    tokens each choice is followed by the other half."""
+    """`count` random choices of a share of the tokens, (count, V); with `both`, each half is
+    followed by the other, (2 * count, V). Of an odd number of tokens one is in neither."""
     order = torch.rand(count, tokens, generator=generator).argsort(1)
     visible = order[:, :max(1, int(share * tokens))]
-    return torch.stack([visible, order[:, -visible.shape[1]:]], 1).flatten(0, 1) if both else visible
+    other = order[:, -visible.shape[1]:]
+    return torch.stack([visible, other], 1).flatten(0, 1) if both else visible
 
 
 def error_map(errors) -> torch.Tensor:
-    """errors: pairs of what a mask's error is (B, ...) and where it hides (B, ...) -> the mean error
+    """errors: for each mask its error and where it hides, both (B, ...) -> (B, ...) the mean error
     of the masks that hide a place; 0 where none does."""
     total = count = 0
     for error, hidden in errors:
@@ -102,7 +108,7 @@ def blurred(maps: torch.Tensor) -> torch.Tensor:
 def train_and_score(photos: Photos, name: str, label: str, plan: Plan, inputs, channels: int,
                     tokens: int, draw, maps, steps) -> dict:
     """inputs(index) -> x (B, N, C), draw(n, rng) -> visible tokens, maps(model, x) -> (B, ...), the
-    map whose largest value is the score. -> what bench/baselines.py keeps of a rival, and judge(x)"""
+    map whose largest value is the score. -> what is kept of a rival, and judge(x) -> scores"""
     torch.manual_seed(photos.seed)
     model = MaskedAutoencoder(channels, tokens).to(photos.device)
     plan = Plan(**vars(plan) | ({"steps": steps} if steps else {}))
@@ -111,8 +117,8 @@ def train_and_score(photos: Photos, name: str, label: str, plan: Plan, inputs, c
     def loss(batch, rng):
         x, visible = inputs(batch), draw(len(batch), rng).to(photos.device)
         x = x.repeat_interleave(len(visible) // len(x), 0)           # SMAE: once for each half
-        error, hidden = model.error(x, visible)
-        return (error * hidden).sum() / hidden.sum()
+        hidden = hides(visible, tokens)
+        return (token_error(model(x, visible), x) * hidden).sum() / hidden.sum()
 
     def found():
         return torch.cat([maps(model, inputs(some)) for some in photos.scored.split(8)]).flatten(1)
@@ -133,9 +139,11 @@ def run_smae(photos: Photos, steps: int | None = None) -> dict:
     tokens, detector = photos.ladmim.cfg.grid ** 2, photos.ladmim
     pairs = splits(PAIRS, tokens, 0.5, True, seeded(photos.seed, "smae scoring"))
 
+    def one(model, x, visible):
+        return token_error(model(x, visible), x), hides(visible, tokens)
+
     def maps(model, x):
-        return error_map(model.error(x, visible.expand(len(x), -1).to(x.device))
-                         for visible in pairs)
+        return error_map(one(model, x, half.expand(len(x), -1)) for half in pairs.to(x.device))
 
     kept = train_and_score(photos, "smae", "SMAE", SMAE, photos.features.h0,
                            photos.features.mean.numel(), tokens,
@@ -153,13 +161,13 @@ def run_maeday(photos: Photos, steps: int | None = None) -> dict:
     masks = splits(MASKS, tokens, VISIBLE, False, seeded(photos.seed, "maeday scoring"))
 
     def one(model, x, visible):
-        visible = visible.expand(len(x), -1).to(x.device)
-        hidden = torch.ones(x.shape[:2], device=x.device).scatter(1, visible, 0.0)
-        hidden = hidden.view(-1, grid, grid).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+        hidden = hides(visible, tokens).view(-1, grid, grid)
+        hidden = hidden.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
         return pixel_error(model(x, visible), x), hidden
 
     def maps(model, x):
-        return blurred(error_map(one(model, x, visible) for visible in masks))
+        return blurred(error_map(one(model, x, mask.expand(len(x), -1))
+                                 for mask in masks.to(x.device)))
 
     kept = train_and_score(photos, "maeday", "MAEDAY", MAEDAY,
                            lambda index: patches(photos.images(index)), 3 * PATCH ** 2, tokens,

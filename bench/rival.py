@@ -130,8 +130,8 @@ def last_step(plan: Plan, since: int | None) -> int:
 
 
 def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> dict:
-    """Trains the model, or goes on where it was stopped; saves it once a minute. A step's randomness
-    depends on its number alone, so the end is the same.
+    """Trains the model, or goes on where it was stopped; saves it once a minute. A step's
+    randomness depends on its number alone, so the end is the same.
 
     loss(batch, rng): of the photos numbered by batch; look(): the validation loss, and what else to
     keep of this step. -> "steps", "settled", "seconds" of the steps, "curve": what look() found.
@@ -143,7 +143,7 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> 
     if file.exists():
         held = runs.load_file(file, str(file))
         if any(held.get(key) != state[key] for key in ("plan", "paths")):
-            raise data.InputError(f"{file}: holds a training of other settings or photos; delete it")
+            raise data.InputError(f"{file}: is of other settings or photos; delete it")
         state = held
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
