@@ -46,11 +46,20 @@ class Autoencoder(nn.Sequential):
                          nn.Conv2d(LATENT, CHANNELS, 3, padding=1))
 
 
+def build_student(width: float) -> nn.Sequential:
+    """A PDN small with `width` times its channels inside; half of what it gives is for the teacher,
+    half for the autoencoder."""
+    student, sizes = build_pdn("small"), [3, *(int(width * n) for n in (128, 256, 256))]
+    layers = [i for i, layer in enumerate(student) if isinstance(layer, nn.Conv2d)]
+    for i, channels, to in zip(layers, sizes, [*sizes[1:], 2 * CHANNELS]):
+        student[i] = nn.Conv2d(channels, to, student[i].kernel_size)
+    return student
+
+
 class EfficientAD(nn.Module):
-    def __init__(self, image_size: int):
+    def __init__(self, image_size: int, width: float = 1):
         super().__init__()
-        self.student = build_pdn("small")
-        self.student[-1] = nn.Conv2d(256, 2 * CHANNELS, 4)
+        self.student = build_student(width)
         self.autoencoder = Autoencoder(positions(image_size))
 
     def loss(self, x, teacher, rng):
@@ -111,10 +120,14 @@ def mahalanobis(x: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
     return (whitened * off).sum(1).clamp(min=0).sqrt()
 
 
-def run(photos: Photos, steps: int | None = None) -> dict:
+def run_name(width: float) -> str:
+    return "efficientad" if width == 1 else f"efficientad-{width:g}"
+
+
+def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
     """-> what bench/baselines.py keeps of both methods."""
     torch.manual_seed(photos.seed)
-    model = EfficientAD(photos.size).to(photos.device, memory_format=torch.channels_last)
+    model = EfficientAD(photos.size, width).to(photos.device, memory_format=torch.channels_last)
     plan = Plan(**vars(PLAN) | ({"steps": steps} if steps else {}))
     features, side, first = photos.everywhere, positions(photos.size), len(photos.validation)
 
@@ -134,7 +147,7 @@ def run(photos: Photos, steps: int | None = None) -> dict:
         aurocs = photos.aurocs(scores_of(local, wide)[0])
         return float(local[:first].mean() + wide[:first].mean()), {"aurocs": aurocs}
 
-    trained = fit(photos, "efficientad", model, plan,
+    trained = fit(photos, run_name(width), model, plan,
                   lambda batch, rng: model.loss(photos.images(batch), teacher(batch), rng), look)
     with torch.inference_mode():
         local, wide, vectors = look_at(photos.scored)

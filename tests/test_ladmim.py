@@ -208,7 +208,7 @@ def test_checkerboards_are_the_six_and_each_is_drawn_once_in_six():
     drawn = [tuple(board.tolist()) for board in boards]
     assert set(drawn) == expected and all(drawn.count(board) == 2 for board in expected)
     small = ladmim.checkerboard_masks(6, 12, 0, 0, seeded(0)).view(6, 12, 12)
-    halves = {tuple(board[0].tolist()) for board in small}           # first rows: squares of 6, of 3
+    halves = {tuple(board[0].tolist()) for board in small}       # first rows: squares of 6, of 3
     assert {(True,) * 6 + (False,) * 6, ((True,) * 3 + (False,) * 3) * 2} <= halves
 
 

@@ -76,7 +76,7 @@ def test_it_ends_where_the_loss_has_settled(tmp_path):
     model, fit, loss = start(tmp_path, steps=1000, every=2)
     constant = next(model.parameters())
     record = fit(lambda batch, rng: 0 * loss(batch, rng) + 0 * constant.sum())
-    assert record["settled"] and record["steps"] == 11           # looks at 2 .. 10, a twentieth more
+    assert record["settled"] and record["steps"] == 11       # looks at 2 .. 10, then a twentieth
     assert record["curve"][-1]["step"] == 11
 
 
