@@ -31,19 +31,23 @@ class Photos:
 
     def __init__(self, scored: evaluation.ScoredRun, cache: Path):
         self.scored_run, self.cache = scored, cache
-        self.metrics, root = runs.load_finished(scored.folder)["metrics"], scored.config.get("root")
+        self.metrics = runs.load_finished(scored.folder)["metrics"]
+        root = Path(scored.config.get("root") or "")
         self.names, self.seed = sorted(set(scored.category.tolist())), scored.config["seed"]
         self.ladmim = ladmim.load_detector(scored.folder, self.names[0], runs.pick_device(None))
         self.size, self.device = self.ladmim.cfg.image_size, self.ladmim.mean.device
         found = []
         for name in self.names:
-            found += data.find_photos(Path(root or ""), name, self.seed)
+            found += data.find_photos(root, name, self.seed)
         self.features, self.photos = self.look(found, self.ladmim.cfg.grid)
         self.paths = [photo.path.relative_to(root).as_posix() for photo in self.photos]
         train, self.validation, test = (
             torch.tensor([i for i, photo in enumerate(self.photos) if photo.split == split],
                          dtype=torch.long) for split in data.SPLITS)
         self.train, self.scored = train, torch.cat([self.validation, test])
+        if {self.paths[i] for i in self.scored.tolist()} != set(scored.path.tolist()):
+            raise data.InputError(f"{scored.folder}: the photos in {root} changed since it was "
+                                  "trained; train it again")
 
     def look(self, photos: list, grid: int):
         """-> their features at grid x grid tokens, standardised over the training photos, and the
@@ -126,7 +130,7 @@ def settled(losses: list[float]) -> bool:
 
 def last_step(plan: Plan, since: int | None) -> int:
     """since: the step at which the loss had settled. The last twentieth has a tenth of the rate."""
-    return math.ceil(since / 0.95) if since else plan.steps
+    return min(plan.steps, math.ceil(since / 0.95)) if since else plan.steps
 
 
 def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> dict:

@@ -209,6 +209,19 @@ def test_a_file_that_is_damaged_or_about_others_is_one_line(beside, content, cap
     assert "patchcore.json" in warning and "delete it" in warning
 
 
+def test_photos_that_came_later_are_one_line(beside, capsys):
+    """They have no S_HVQ, and the rivals would see other photos than LADMIM."""
+    Path("twin").unlink()
+    run = Path("runs/twin/pushpins-tiny-seed0")
+    config = json.loads((run / "config.json").read_text())
+    shutil.copytree(Path(config["root"]) / "pushpins", "twin/pushpins")
+    shutil.copy(next(Path("twin/pushpins/test/good").iterdir()), "twin/pushpins/test/good/999.png")
+    (run / "config.json").write_text(json.dumps(config | {"root": str(Path("twin").resolve())}))
+    assert baselines.main([str(run), "--methods", "patchcore"]) == 1
+    warning, = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    assert str(run) in warning and "train it again" in warning
+
+
 @pytest.mark.parametrize("arguments, named", [
     (["--methods", "gcad"], "--methods gcad"), (["--steps", "0"], "--steps 0"),
     (["--multi"], "--category"), (["--data", "twin"], "--category"),
