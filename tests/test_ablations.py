@@ -9,7 +9,7 @@ import ladmim
 from bench import ablations
 from twin.render import COUNTS, render
 
-# 80 pixels a side are 12x12 positions of the backbone, the least that checkerboards need.
+# 80 pixels a side are 12x12 positions of the backbone: enough for checkerboards.
 SETTINGS = dict(image_size=80, grid=4, codes=8, code_dim=8, hvq_width=32, hvq_heads=2,
                 mim_width=32, mim_heads=2, mim_blocks=2, masks=4, hvq_epochs=2, mim_epochs=2,
                 hvq_score="deviations", mim_score="whitened", codebook="ema", hvq_batch=4)
