@@ -32,15 +32,11 @@ from rival import Photos, megabytes, milliseconds  # noqa: E402
 def ladmim_costs(photos: Photos) -> dict:
     """What is kept of LADMIM itself; its scores are in the run."""
     detector = photos.ladmim
-    seconds = {line["stage"]: 0.0 for line in photos.metrics}
-    for line in photos.metrics:
-        seconds[line["stage"]] += line.get("seconds", 0)
-    return {"scores": {}, "train": sum(seconds.values()) - seconds.get("score", 0),
-            "image": milliseconds(detector, photos),
+    seconds = sum(one.get("seconds", 0) for one in photos.metrics if one["stage"] != "score")
+    return {"scores": {}, "train": seconds, "image": milliseconds(detector, photos),
             "megabytes": megabytes(detector.pdn, detector.hvq, detector.mim)}
 
 
-REPORTED_AS = {"EfficientAD-S": "EfficientAD"}       # a system -> its name in the paper's tables
 # Name -> what is kept of it, of (photos, the most steps of its training).
 METHODS = {
     "patchcore": lambda photos, steps: run_patchcore(photos, average=True),
@@ -149,7 +145,7 @@ def curve_table(records: list[dict], most: int = 8) -> list[tuple]:
             figures = curve[at]["aurocs"][record["category"]]
             rows.append([record["system"], record["category"], str(record["seed"]),
                          f"{curve[at]['step']:,}", f"{curve[at]['loss']:.4g}",
-                         *(figures.get(c) and evaluation.Spread(figures[c])
+                         *(evaluation.Spread(figures[c]) if c in figures else None
                            for c in first["columns"])])
     title = f"{evaluation.data_title(first)}, {first['trained on']}: AUROC % over the steps"
     header = ["system", "category", "seed", "step", "validation loss", *first["columns"]]
@@ -172,7 +168,7 @@ def multi_table(records: list[dict]) -> list[tuple]:
                 pair = [evaluation.spread([of[key] for key in shared], "both", column)
                         for of in (alone, all_)]
                 if None not in pair:
-                    theirs = paper["delta_multi"].get(REPORTED_AS.get(system, system))
+                    theirs = paper["delta_multi"].get(system.removesuffix("-S"))     # EfficientAD
                     delta = f"{100 * (pair[1].mean - pair[0].mean):+.1f}"
                     rows.append([system, column, *pair, delta,
                                  f"{theirs:+.1f}" if theirs and column == "average" else None])

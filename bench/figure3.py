@@ -31,7 +31,7 @@ SIZE, LEFT, TOP, RIGHT, BOTTOM = (720, 480), 70, 30, 20, 60          # pixels
 
 def mean_auroc(figures: list[dict]) -> float:
     """Percent, the mean over the categories of the widest figure that each has."""
-    return 100 * float(np.mean([one.get("average") or next(iter(one.values())) for one in figures]))
+    return 100 * float(np.mean([one.get("average", next(iter(one.values()))) for one in figures]))
 
 
 def points(args) -> dict[str, list[tuple[float, float]]]:

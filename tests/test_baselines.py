@@ -247,3 +247,12 @@ def test_reported_results_hold_together():
         assert paper[table][row]["average"] != single["overall"]["LADMIM"]
         note = paper[table]["note"]
         assert str(single["overall"]["LADMIM"]) in note and row in note
+
+
+def test_an_auroc_of_zero_and_a_missing_one_have_cells():
+    record = {"system": "SMAE", "category": "x", "seed": 0, "data": "d", "rendered": False,
+              "trained on": "each alone", "columns": ("logical", "structural", "average"),
+              "curve": [{"step": 9, "loss": 0.5, "aurocs": {"x": {"logical": 0.0}}}]}
+    (_, header, (row,)), = baselines.curve_table([record])
+    assert len(header) == len(row) == 8 and [evaluation.cell_text(c) for c in row[5:]] == [
+        "0.0", "–", "–"]
