@@ -86,7 +86,7 @@ class Config:
     mim_clip: float = 1.0              # [published code]
     mim_score: str = "mean"
 
-    mask: str = "block"
+    mask: str = "block"                # in training
     train_ratio: float = 130 / 576     # share of the tokens that a training mask hides
     train_block: float = 46 / 576      # least share of one block [published code]
     score_ratio: float = 230 / 576     # [published code]
@@ -337,9 +337,10 @@ def random_masks(n: int, grid: int, count: int, least: int, generator) -> torch.
 
 
 def checkerboard_masks(n: int, grid: int, count: int, least: int, generator) -> torch.Tensor:
-    """(n, N) bool: boards of 3, 6 and 12 squares a side and their inverses, in random order."""
+    """(n, N) bool: boards with squares of an eighth, a quarter and a half of the side (3, 6 and 12
+    of 24 tokens) and their inverses, in random order."""
     boards = []
-    for squares in (3, 6, 12):
+    for squares in (8, 4, 2):
         row = torch.arange(grid) * squares // grid
         boards.append(((row[:, None] + row) % 2 == 1).flatten())
     boards = torch.cat([torch.stack(boards), ~torch.stack(boards)])                 # (6, N)
@@ -350,18 +351,18 @@ MASKS = {"block": block_masks, "random": random_masks, "checkerboard": checkerbo
 
 
 def draw_masks(cfg: Config, n: int, generator, scoring: bool) -> torch.Tensor:
-    """n masks (n, N) bool as the settings ask, drawn on the CPU: every device sees the same."""
-    ratio, block = cfg.train_ratio, cfg.train_block
+    """n masks (n, N) bool as the settings ask, drawn on the CPU: every device sees the same. Scored
+    is always with blocks, as in the published code."""
+    kind, ratio, block = cfg.mask, cfg.train_ratio, cfg.train_block
     if scoring:
-        ratio, block = cfg.score_ratio, cfg.score_block
+        kind, ratio, block = "block", cfg.score_ratio, cfg.score_block
     count, least = round(ratio * cfg.grid ** 2), max(1, round(block * cfg.grid ** 2))
-    return MASKS[cfg.mask](n, cfg.grid, count, least, generator)
+    return MASKS[kind](n, cfg.grid, count, least, generator)
 
 
 def scoring_masks(cfg: Config, seed: int, device) -> torch.Tensor:
-    """The M masks (M, N) that every photo of a run is scored with. Of checkerboards all six."""
-    count = min(cfg.masks, 6) if cfg.mask == "checkerboard" else cfg.masks
-    return draw_masks(cfg, count, seeded(seed, "scoring masks"), scoring=True).to(device)
+    """The M masks (M, N) that every photo of a run is scored with."""
+    return draw_masks(cfg, cfg.masks, seeded(seed, "scoring masks"), scoring=True).to(device)
 
 
 # ViT: the logical detector

@@ -53,11 +53,9 @@ def check_typed(typed: dict, cfg):
     elif cfg.codebook == "gradient":
         idle["ema_decay"] = "--codebook gradient"
     if cfg.mask != "block":
-        idle |= dict.fromkeys(("train_block", "score_block"), f"--mask {cfg.mask}")
+        idle["train_block"] = f"--mask {cfg.mask}"   # scored is always with blocks
     if cfg.mask == "checkerboard":
-        idle |= dict.fromkeys(("train_ratio", "score_ratio"), "--mask checkerboard")
-        if cfg.masks > 6:
-            idle["masks"] = "--mask checkerboard, of which there are six"
+        idle["train_ratio"] = "--mask checkerboard"
     for model in ("hvq", "mim"):
         if not getattr(cfg, f"{model}_epochs"):
             idle |= {f"{model}_{name}": f"--{model}-epochs 0" for name in (
@@ -96,8 +94,8 @@ def check_settings(cfg, options: dict, side: int):
     check("codes", cfg.codes <= 2 ** 15, f"at most {2 ** 15}")
     check("grid", side >= cfg.grid and side % cfg.grid == 0,
           f"must divide the backbone's {max(side, 0)} positions at --image-size {cfg.image_size}")
-    check("grid", cfg.mask != "checkerboard" or cfg.grid % 12 == 0,
-          "--mask checkerboard needs a multiple of 12")
+    check("grid", cfg.mask != "checkerboard" or (cfg.grid >= 8 and cfg.grid % 4 == 0),
+          "--mask checkerboard needs a multiple of 4, at least 8")
     check("mim_score", cfg.mim_score != "whitened" or cfg.target == "histogram",
           f"--target {cfg.target} has no histograms to measure; add --mim-score mean")
     check("mim_score", cfg.mim_score != "whitened" or cfg.levels * cfg.codes <= 512,

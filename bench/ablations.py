@@ -3,7 +3,8 @@
     scoring (Table 5), combine (6), masking (7), target (8), multi (2, 3), width (Figure 3);
     score and leak are ours: what each score, and what the published shortcuts are worth
 
-Trains what is missing, goes on with what was stopped, and prints the table, the paper's beside it.
+`masking --together --mim-epochs 200` is Table 7's setting: one model for all categories. Trains
+what is missing, goes on with what was stopped, and prints the table, the paper's beside it.
 HVQ-Trans, or both models, come from the category's ordinary run wherever a row leaves them alone,
 so nothing is trained twice. Rows lie under runs/ablations, ordinary runs where `train` puts them.
 """
@@ -90,8 +91,10 @@ def ablate(name: str, root: Path, categories: list[str], args) -> dict:
     for label, settings in ABLATIONS[name].items():
         if name == "width":
             settings = {"mim_width": int(settings["mim_width"] * usual.mim_width)}
+        if args.mim_epochs:
+            settings = {**settings, "mim_epochs": args.mim_epochs}
         alone = {one: [one] for one in categories}
-        groups = {whole: categories} if label == "one model" else alone
+        groups = {whole: categories} if args.together or label == "one model" else alone
         for seed, called in itertools.product(args.seeds, groups):
             job = runs.Job(usual, args.preset, root, groups[called], device, seed, called)
             job.out = args.runs / root.resolve().name / job.out.name
@@ -142,10 +145,15 @@ def parse(argv):
     parser.add_argument("--seeds", type=options.seed_list, default=[0],
                         help="as in 0-4 (default 0)")
     parser.add_argument("--preset", choices=ladmim.PRESETS, default="tiny")
+    parser.add_argument("--together", action="store_true", help="one model for all categories")
+    parser.add_argument("--mim-epochs", type=int, help="of the rows' ViT (default: the preset's)")
     parser.add_argument("--data", help="the folder that holds the category folders")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
     parser.add_argument("--json", type=Path, help="default: ablation-NAME.json in the runs' folder")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.together and args.name == "multi":
+        raise data.InputError("--together: multi has a row for that; leave it out")
+    return args
 
 
 def print_tables(args) -> int:

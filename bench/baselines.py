@@ -1,136 +1,272 @@
-"""PatchCore on the same PDN, photos, seeds and protocol: python bench/baselines.py [RUN ...]
+"""The paper's rivals on the same PDN, photos, seeds and protocol as LADMIM, in one table.
 
-Roth et al. 2022, in its shortest honest form: a photo is as anomalous as its patch that is farthest
-from a memory of normal patches. One feature level, the PDN's last, where the paper joins two of a
-ResNet.
+    python bench/baselines.py --data DIR --category a,b    trains LADMIM and the rivals, each alone
+    python bench/baselines.py --category all --multi       one model of all, too (Table 3)
+    python bench/baselines.py [RUN ...]                    beside runs that there are
+
+What is finished is not done again: each rival keeps its scores in RUN/rivals. Ctrl-C stops; the
+same command goes on. SSM, SCADN, ComAD, GCAD, CSAD and PSAD stay as reported: bench/RESULTS.md.
 """
 from __future__ import annotations
 
+import json
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
-import backbone  # noqa: E402
+import ablations  # noqa: E402
 import data  # noqa: E402
+import efficientad  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ladmim  # noqa: E402
+import masked  # noqa: E402
 import runs  # noqa: E402
+from patchcore import patchcore, run as run_patchcore  # noqa: E402, F401
+from rival import Photos, megabytes, milliseconds  # noqa: E402
 
 
-def neighbourhoods(x: torch.Tensor) -> torch.Tensor:
-    """x (B, N, d0) -> each patch averaged with its 3x3 neighbours."""
-    grid = round(x.shape[1] ** 0.5)
-    x = x.transpose(1, 2).unflatten(2, (grid, grid))
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2)
+def ladmim_costs(photos: Photos) -> dict:
+    """What is kept of LADMIM itself; its scores are in the run."""
+    detector = photos.ladmim
+    seconds = sum(one.get("seconds", 0) for one in photos.metrics if one["stage"] != "score")
+    return {"scores": {}, "train": seconds, "image": milliseconds(detector, photos),
+            "megabytes": megabytes(detector.pdn, detector.hvq, detector.mim)}
 
 
-def coreset(bank: torch.Tensor, share: float) -> torch.Tensor:
-    """`share` of the rows of bank (n, d), chosen greedily: each the farthest from those before it,
-    by distances after a random projection to 128 dimensions."""
-    project = torch.randn(bank.shape[1], 128, generator=runs.seeded("coreset"))
-    near = bank @ (project.to(bank) / 128 ** 0.5)
-    chosen, distance = [0], torch.full((len(bank),), torch.inf, device=bank.device)
-    for _ in range(int(share * len(bank)) - 1):
-        distance = torch.minimum(distance, (near - near[chosen[-1]]).square().sum(1))
-        chosen.append(int(distance.argmax()))
-    return bank[chosen]
+# Name -> what is kept of it, of (photos, the most steps of its training).
+METHODS = {
+    "patchcore": lambda photos, steps: run_patchcore(photos, average=True),
+    "patches": lambda photos, steps: run_patchcore(photos, average=False),
+    "smae": masked.run_smae, "maeday": masked.run_maeday, "efficientad": efficientad.run}
 
 
-def patchcore_score(x: torch.Tensor, memory: torch.Tensor) -> float:
-    """x (N, d0), one photo's patches. The distance of the most distant one, weighted as in the
-    paper's equation 7 with 9 neighbours."""
-    distances, at = torch.cdist(x, memory).min(1)
-    worst = distances.argmax()
-    to_all = torch.linalg.vector_norm(memory - memory[at[worst]], dim=1)
-    around = to_all.topk(min(9, len(memory)), largest=False).indices     # the nearest one's own
-    others = torch.linalg.vector_norm(memory[around] - x[worst], dim=1)
-    return float(distances[worst] * (1 - torch.softmax(others, 0)[0]))
+def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
+    """What the method found on these photos: in RUN/rivals, or now."""
+    folder = photos.scored_run.folder / "rivals"
+    file, about = folder / f"{name}.json", {
+        "photos": photos.paths, "scored": [photos.paths[i] for i in photos.scored.tolist()],
+        "steps asked for": steps}
+    if file.exists():
+        try:
+            kept = json.loads(evaluation.read_text(file))
+            same = kept["about"] == about
+        except (ValueError, KeyError, TypeError):
+            raise data.InputError(f"{file}: damaged; delete it") from None
+        if not same:
+            raise data.InputError(f"{file}: is about other photos or --steps; delete it")
+        return kept
+    data.tell(data.printable(f"{photos.scored_run.folder}: {name}"))
+    kept = {**method(photos, steps), "about": about}
+    data.write_whole(file, json.dumps(kept).encode(errors="surrogatepass"), "free some space")
+    (folder / f"{name}.pt").unlink(missing_ok=True)          # its training is over
+    return kept
 
 
-@torch.inference_mode()
-def patchcore(features, train, test, share: float = 0.1):
-    """features(index) -> (B, N, d0) standardised; train, test: numbers of photos. -> the scores of
-    the test photos, and the seconds that training and scoring took."""
-    began = time.monotonic()
-    bank = torch.cat([neighbourhoods(features(index)) for index in train.split(16)])
-    memory, trained = coreset(bank.flatten(0, 1), share), time.monotonic()
-    scores = [patchcore_score(x, memory) for index in test.split(16)
-              for x in neighbourhoods(features(index))]
-    return np.array(scores), trained - began, time.monotonic() - trained
+def with_hvq(photos: Photos, scores) -> np.ndarray:
+    """Table 6: scores plus S_HVQ, both standardised by the category's validation normals."""
+    run, scored = photos.scored_run, photos.scored.tolist()
+    s_hvq = dict(zip(run.path.tolist(), run.s_hvq.tolist()))
+    parts = np.array(scores), np.array([s_hvq[photos.paths[i]] for i in scored])
+    names = np.array([photos.photos[i].category for i in scored])
+    validation, total = np.arange(len(scored)) < len(photos.validation), np.zeros(len(scored))
+    for name in photos.names:
+        mine = names == name
+        for part in parts:
+            total[mine] += evaluation.standardise(part[mine], part[mine & validation])
+    return total
 
 
-def seconds(function, images: np.ndarray) -> float:
-    """Of all images, 8 at a time. What the first use costs, nobody pays."""
-    function(images[:8])
-    began = time.monotonic()
-    for batch in data.in_batches(images, 8):
-        function(np.stack(batch))
-    return time.monotonic() - began
+def compare(folder: Path, ours: list[dict], args) -> list[dict]:
+    """LADMIM's run and the rivals on its photos: a record a system and category. ours:
+    `eval.evaluate`'s."""
+    held = runs.lock(folder / "rivals")              # a second process would train the same
+    photos, records = Photos(evaluation.read_run(folder), args.cache), []
+    keys = ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP)
 
+    def add(system: str, figures: dict, costs: dict):
+        for record in ours:
+            records.append({
+                "system": system, "both": figures[record["category"]],
+                **{key: costs.get(key) for key in ("train", "image", "megabytes", "steps",
+                                                   "settled", "curve")},
+                **{key: record[key] for key in keys}})
 
-def compare(scored: evaluation.ScoredRun, ours: dict, cache: Path) -> list[dict]:
-    """LADMIM's run and PatchCore on its photos: a record each. ours: `eval.evaluate`'s."""
-    state = runs.load_finished(scored.folder)
-    detector = ladmim.load_detector(scored.folder, ours["category"], runs.pick_device(None))
-    cfg, device = detector.cfg, detector.mean.device
-    photos = data.find_photos(Path(scored.config.get("root", "")), ours["category"], ours["seed"])
-    seen, photos, rows, _ = backbone.find_features(photos, detector.pdn, cfg.image_size, cfg.grid,
-                                                   False, device, cache, detector.white)
-    features = backbone.Features(seen, detector.mean, detector.std, device, rows)
-    train, test = (torch.tensor([i for i, photo in enumerate(photos) if photo.split == split])
-                   for split in ("train", "test"))
-    images = np.stack(list(data.load_images([photos[i].path for i in test], cfg.image_size,
-                                            detector.white)))
-    kinds = np.array([photos[i].kind for i in test])
-
-    scores, learning, scoring = patchcore(features.h0, train, test)
-    # It read cached features: here it pays for the backbone. `.cpu` waits for a GPU.
-    scoring += seconds(lambda batch: detector.look(batch)[0].cpu(), images)
-    trained = sum(line.get("seconds", 0) for line in state["metrics"] if line["stage"] != "score")
-    systems = {"LADMIM": (ours["both"], trained, seconds(detector, images)),
-               "PatchCore": (evaluation.aurocs(kinds, scores), learning, scoring)}
-    keys, records = ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP), []
-    for system, (figures, training, testing) in systems.items():
-        records.append({"system": system, "both": figures, "train": training,
-                        "image": 1e3 * testing / len(test), **{key: ours[key] for key in keys}})
+    costs = keep(photos, "ladmim", lambda photos, steps: ladmim_costs(photos), None)
+    add("LADMIM", {record["category"]: record["both"] for record in ours}, costs)
+    for name in args.methods:
+        trains = name not in ("patchcore", "patches")
+        kept = keep(photos, name, METHODS[name], args.steps if trains else None)
+        for number, (system, scores) in enumerate(kept["scores"].items()):
+            add(system, photos.aurocs(scores), kept if not number else {**kept, "curve": None})
+            if name in ("smae", "maeday"):
+                add(f"{system} + HVQ", photos.aurocs(with_hvq(photos, scores)), {})
+    held.close()
     return records
 
+
+# Tables
 
 def table(records: list[dict]) -> tuple:
     """-> (title, header, rows): a row a system, the mean over the categories, then each."""
     first, columns, rows = records[0], records[0]["columns"], []
-    for (system,), same in evaluation.grouped(records, "system").items():
+    for system in dict.fromkeys(record["system"] for record in records):
+        same = [record for record in records if record["system"] == system]
         by_category = evaluation.grouped(same, "category")
         row = [system, *(evaluation.spread(same, "both", column) for column in columns)]
-        row += [f"{np.mean([record[cost] for record in same]):.0f}" for cost in ("train", "image")]
+        row.append(" ".join(sorted({steps_text(record) for record in same})))
+        for cost in ("train", "image", "megabytes"):
+            known = [record[cost] for record in same if record[cost] is not None]
+            row.append(f"{np.mean(known):.0f}" if known else None)
         for one in by_category.values():
             row.append([evaluation.spread(one, "both", column) for column in columns[:2]])
         rows.append(row)
     each = [f"{category}: {' / '.join(columns[:2])}" for category, in by_category]
     about = [evaluation.data_title(first), *(first[key] for key in evaluation.GROUP), "AUROC %"]
-    costs = ["training s, features cached", "ms a photo"]
+    costs = ["steps", "training s, features cached", "ms a photo", "MB"]
     return ", ".join(about), ["system", *columns, *costs, *each], rows
 
 
+def steps_text(record: dict) -> str:
+    if not record["steps"]:
+        return "–"
+    return f"{record['steps']:,}" + ("" if record["settled"] else " (not settled)")
+
+
+def curve_table(records: list[dict], most: int = 8) -> list[tuple]:
+    """AUROC over the steps of each training, at most so many of its looks; all are in the JSON."""
+    first, rows = records[0], []
+    for record in records:
+        curve = record["curve"] or []
+        for at in sorted({round(i) for i in np.linspace(0, len(curve) - 1, most)} if curve else ()):
+            figures = curve[at]["aurocs"][record["category"]]
+            rows.append([record["system"], record["category"], str(record["seed"]),
+                         f"{curve[at]['step']:,}", f"{curve[at]['loss']:.4g}",
+                         *(evaluation.Spread(figures[c]) if c in figures else None
+                           for c in first["columns"])])
+    title = f"{evaluation.data_title(first)}, {first['trained on']}: AUROC % over the steps"
+    header = ["system", "category", "seed", "step", "validation loss", *first["columns"]]
+    return [(title, header, rows)] if rows else []
+
+
+def multi_table(records: list[dict]) -> list[tuple]:
+    """Table 3: each system trained on each category alone, on all at once, and the difference,
+    beside the paper's."""
+    tables = []
+    paper = json.loads(evaluation.REPORTED.read_text(encoding="utf-8"))["table3_multi_class"]
+    for members in evaluation.grouped(records, "data", "preset", "columns").values():
+        rows = []
+        for system in dict.fromkeys(record["system"] for record in members):
+            same = [record for record in members if record["system"] == system]
+            alone, all_ = ({(r["category"], r["seed"]): r for r in same
+                            if (r["trained on"] == "each alone") == one} for one in (True, False))
+            shared = alone.keys() & all_.keys()
+            for column in same[0]["columns"] if shared else ():
+                pair = [evaluation.spread([of[key] for key in shared], "both", column)
+                        for of in (alone, all_)]
+                if None not in pair:
+                    theirs = paper["delta_multi"].get(system.removesuffix("-S"))     # EfficientAD
+                    delta = f"{100 * (pair[1].mean - pair[0].mean):+.1f}"
+                    rows.append([system, column, *pair, delta,
+                                 f"{theirs:+.1f}" if theirs and column == "average" else None])
+        title = f"{evaluation.data_title(members[0])}: one model of all categories, AUROC %"
+        header = ["system", "", "each alone", "one model", "Δ_multi", "the paper's, on LOCO"]
+        tables += [(title, header, rows)] if rows else []
+    return tables
+
+
+def reported_table(records: list[dict]) -> list[tuple]:
+    """The paper's figures for LOCO, below ours."""
+    first, paper = records[0], json.loads(evaluation.REPORTED.read_text(encoding="utf-8"))
+    if len(first["columns"]) == 1:
+        return []
+    number = 2 if first["trained on"] == "each alone" else 3
+    name = f"table{number}_{'single' if number == 2 else 'multi'}_class"
+    known = sorted({record["category"] for record in records} & set(paper["categories"]))
+    rows, figures = [], paper[name]
+    for system in figures["overall"]:
+        if not system.endswith("_std"):
+            means = [figures[kind]["average"][system] for kind in evaluation.KINDS]
+            rows.append([system, *map(percent, (*means, figures["overall"][system]))])
+            rows[-1] += [[percent(figures[kind][one][system]) for kind in evaluation.KINDS]
+                         for one in known]
+    for system, row in paper["table6_combined_with_hvq"].items() if number == 2 else ():
+        if system != "note":
+            rows.append([f"{system} (Table 6)", *(percent(row[c]) for c in first["columns"])])
+            rows[-1] += [None] * len(known)
+    note = "REFERENCE ONLY, not comparable with rendered data: " if first["rendered"] else ""
+    return [(f"{note}the paper's Table {number}, means of LOCO's five categories",
+             ["system", *first["columns"], *known], rows)]
+
+
+def percent(figure: float) -> evaluation.Spread:
+    return evaluation.Spread(figure / 100)
+
+
+# Command line
+
+def method_list(text: str) -> list[str]:
+    names = text.split(",")
+    if set(names) - METHODS.keys():
+        raise data.InputError(f"--methods {text}: choose from {', '.join(METHODS)}")
+    return names
+
+
 def parse(argv):
-    parser = data.Parser(prog="bench/baselines.py", description="PatchCore beside each run.")
+    parser = data.Parser(prog="bench/baselines.py", description="The paper's rivals beside LADMIM.")
     evaluation.add_runs(parser)
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="default: cache")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("--category", help="a folder's name, a comma list or all: train LADMIM there, if need be")
+    add("--data", help="the folder that holds the category folders")
+    add("--multi", action="store_true", help="one model of all these categories, too (Table 3)")
+    add("--seeds", type=runs.seed_list, default=[0], help="as in 0-4 (default 0)")
+    add("--preset", choices=ladmim.PRESETS, default="tiny", help="LADMIM's (default tiny)")
+    add("--methods", type=method_list, default=list(METHODS), help=f"of {', '.join(METHODS)}; all")
+    add("--steps", type=int, help="at most so many steps of each training")
+    add("--cache", type=Path, default=Path("cache"), help="default: cache")
+    args = parser.parse_args(argv)
+    if args.steps is not None and args.steps < 1:
+        raise data.InputError(f"--steps {args.steps}: must be 1 or more")
+    if not args.category and (args.data or args.multi):
+        raise data.InputError("--data and --multi need --category")
+    return args
+
+
+def trained_runs(args) -> list[Path]:
+    """The runs of LADMIM that --category asks for, trained where they are missing."""
+    root, categories = data.find_data(args.data, args.category)
+    if args.multi and len(categories) < 2:
+        raise data.InputError(f"--multi: --category {args.category} is one category; name several")
+    whole = {"all" if args.category == "all" else ",".join(categories): categories}
+    groups = {one: [one] for one in categories} | (whole if args.multi else {})
+    cfg, device = ladmim.Config(**ladmim.PRESETS[args.preset]), runs.pick_device(None)
+    folders = []
+    for seed in args.seeds:
+        for called, names in groups.items():
+            job = runs.Job(cfg, args.preset, root, names, device, seed, called, cache=args.cache)
+            job.out = args.runs / root.resolve().name / job.out.name
+            folders.append(ablations.train(job))
+    return folders
 
 
 def print_tables(args) -> int:
-    rows, problems = evaluation.each_record(
-        args, lambda scored, record: compare(scored, record, args.cache))
-    groups = evaluation.grouped(rows, "data", "rendered", *evaluation.GROUP, "columns")
-    return evaluation.publish("baselines", args, [table(group) for group in groups.values()],
-                              rows, problems)
+    folders = trained_runs(args) if args.category else evaluation.chosen_runs(args)
+    found, problems = evaluation.evaluate_runs(folders)
+    records = []
+    for (run,), ours in evaluation.grouped(found, "run").items():
+        try:
+            records += compare(Path(run), ours, args)
+        except data.InputError as error:
+            problems.append(str(error))
+    tables = []
+    for group in evaluation.grouped(records, "data", "rendered", *evaluation.GROUP,
+                                    "columns").values():
+        tables += [table(group), *curve_table(group), *reported_table(group)]
+    tables += multi_table(records)
+    return evaluation.publish("baselines", args, tables, records, problems)
 
 
 def main(argv=None) -> int:

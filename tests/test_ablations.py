@@ -9,7 +9,7 @@ import ladmim
 from bench import ablations
 from twin.render import COUNTS, render
 
-# 80 pixels a side are 12x12 positions of the backbone, the least that checkerboards need.
+# 80 pixels a side are 12x12 positions of the backbone: enough for checkerboards.
 SETTINGS = dict(image_size=80, grid=4, codes=8, code_dim=8, hvq_width=32, hvq_heads=2,
                 mim_width=32, mim_heads=2, mim_blocks=2, masks=4, hvq_epochs=2, mim_epochs=2,
                 hvq_score="deviations", mim_score="whitened", codebook="ema", hvq_batch=4)
@@ -135,3 +135,21 @@ def test_one_model_of_several_categories(small, tmp_path, monkeypatch):
         "juice_bottle", "pushpins"]
     assert {record["trained on"] for record in result["records"]["one model"]} == {"all"}
     assert len(result["tables"][0]["header"]) == 7
+
+
+def test_table_7s_setting_is_one_model_with_a_shorter_training(small, tmp_path, monkeypatch):
+    """Every row is a run of both categories, of so many epochs, scored with blocks."""
+    for name in ("juice_bottle", "pushpins"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        (tmp_path / "two" / name).symlink_to(small / "twin/juice_bottle")
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", {**SETTINGS, "grid": 12, "hvq_epochs": 1})
+    monkeypatch.setitem(ablations.ABLATIONS, "masking", {"board": {"mask": "checkerboard"}})
+    arguments = ["--data", str(tmp_path / "two"), "--runs", "seven", "--together"]
+    assert ablations.main(["masking", *arguments, "--mim-epochs", "1"]) == 0
+    records = json.loads(open("seven/ablation-masking.json").read())["records"]["board"]
+    assert [(r["category"], r["trained on"]) for r in records] == [
+        ("juice_bottle", "all"), ("pushpins", "all")]
+    for record in records:
+        assert record["settings"]["mim_epochs"] == 1
+        assert record["settings"]["mask"] == "checkerboard"
+    assert ablations.main(["multi", *arguments]) == 2

@@ -1,6 +1,8 @@
 """bench/baselines.py: PatchCore against a plain loop, and beside a run."""
+import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,7 +74,7 @@ def test_baselines_beside_a_run(tmp_path, monkeypatch, capsys):
     config |= {"seed": 2, "root": "gone"}
     (tmp_path / "runs/seed2/config.json").write_text(json.dumps(config))
     monkeypatch.chdir(tmp_path)
-    assert baselines.main([]) == 1
+    assert baselines.main(["--methods", "patchcore"]) == 1
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(lines) == 1 and lines[0].startswith("warning: ") and "gone" in lines[0]
     result = json.loads(open("runs/baselines.json").read())
@@ -90,3 +92,167 @@ def test_baselines_beside_a_run(tmp_path, monkeypatch, capsys):
     for i, column in enumerate(("logical", "structural", "average")):
         assert of_ours[i]["mean"] == np.mean([figures[column] for figures in ours])
         assert of_theirs[i]["mean"] == theirs[column]
+
+
+SMALL = dict(image_size=64, grid=4, codes=8, code_dim=8, hvq_width=32, hvq_heads=2, mim_width=32,
+             mim_heads=2, mim_blocks=2, masks=4, hvq_epochs=2, mim_epochs=2, codebook="ema",
+             hvq_batch=4)
+SYSTEMS = ["LADMIM", "PatchCore", "PatchCore, single patches", "SMAE", "SMAE + HVQ", "MAEDAY",
+           "MAEDAY + HVQ", "EfficientAD-S", "PUAD"]
+
+
+@pytest.fixture(scope="module")
+def rivals(tmp_path_factory):
+    """A folder where all rivals stand beside each category alone and one model of both, and the
+    arguments that made it."""
+    folder = tmp_path_factory.mktemp("rivals")
+    for name in ("juice_bottle", "pushpins"):
+        render(folder / "twin", name, {**dict.fromkeys(COUNTS, 4), "train": 6}, 64, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(ladmim.PRESETS, "tiny", SMALL)
+        patch.setattr(baselines.masked, "MASKS", 3)
+        arguments = ["--data", "twin", "--category", "all", "--multi", "--steps", "3"]
+        assert baselines.main(arguments) == 0
+    return folder, arguments
+
+
+@pytest.fixture
+def beside(rivals, tmp_path, monkeypatch):
+    """A copy of it, that may be changed."""
+    shutil.copytree(rivals[0] / "runs", tmp_path / "runs")
+    for name in ("twin", "cache"):
+        (tmp_path / name).symlink_to(rivals[0] / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", SMALL)
+    monkeypatch.setattr(baselines.masked, "MASKS", 3)
+    return rivals[1]
+
+
+def test_every_rival_has_a_row_and_its_costs(beside):
+    result = json.loads(open("runs/baselines.json").read())
+    assert list(dict.fromkeys(record["system"] for record in result["records"])) == SYSTEMS
+    for record in result["records"]:
+        combined = record["system"].endswith("HVQ")
+        assert all((record[cost] is None) == combined for cost in ("train", "image", "megabytes"))
+        trains = record["system"] in ("SMAE", "MAEDAY", "EfficientAD-S", "PUAD")
+        assert record["steps"] == (3 if trains else None)
+    titles = [table["title"] for table in result["tables"]]
+    assert sum("AUROC % over the steps" in title for title in titles) == 2
+    assert sum(title.startswith("REFERENCE ONLY") for title in titles) == 2
+    multi = result["tables"][-1]
+    assert multi["header"][2:5] == ["each alone", "one model", "Δ_multi"]
+    assert [row[0] for row in multi["rows"]] == [s for s in SYSTEMS for _ in range(3)]
+    for system, column, alone, together, delta, paper in multi["rows"]:
+        assert paper == (column == "average" and {"LADMIM": "+0.4", "PUAD": "-4.9",
+                                                  "EfficientAD-S": "-6.1"}.get(system) or None)
+        means = [np.mean([r["both"][column] for r in result["records"] if r["system"] == system
+                          and (r["trained on"] == "each alone") == one]) for one in (True, False)]
+        assert [alone["mean"], together["mean"]] == pytest.approx(means)
+        assert float(delta) == pytest.approx(100 * (means[1] - means[0]), abs=0.051)
+
+
+def test_what_is_finished_is_not_done_again(beside, monkeypatch, capsys):
+    """With one method's file gone, that one alone is done again, and finds the same."""
+    before = json.loads(open("runs/baselines.json").read())
+    for method in set(baselines.METHODS) - {"smae"}:
+        monkeypatch.setitem(baselines.METHODS, method, None)
+    file = next(Path("runs").rglob("rivals/smae.json"))
+    file.unlink()
+    assert baselines.main(beside) == 0
+    after = json.loads(open("runs/baselines.json").read())
+    assert [r["both"] for r in after["records"]] == [r["both"] for r in before["records"]]
+    assert "features:" not in capsys.readouterr().err and not list(Path("runs").rglob("*.pt.part"))
+    assert not list(Path("runs").rglob("rivals/*.pt"))
+
+
+def test_scores_join_hvqs_by_the_categorys_validation_normals(beside):
+    """Against a plain loop over the kept files and scores.csv, in the run of both categories."""
+    folder = Path("runs/twin/all-tiny-seed0")
+    kept, scored = json.loads((folder / "rivals/maeday.json").read_text()), {}
+    for row in csv.DictReader((folder / "scores.csv").open()):
+        scored[row["path"]] = row
+    paths = kept["about"]["scored"]
+    mine = dict(zip(paths, kept["scores"]["MAEDAY"]))
+    result = json.loads(open("runs/baselines.json").read())
+    for name in ("juice_bottle", "pushpins"):
+        these = [path for path in paths if path.startswith(name)]
+        total = np.zeros(len(these))
+        normals = [scored[path]["split"] == "validation" for path in these]
+        for values in ([mine[path] for path in these],
+                       [float(scored[path]["s_hvq"]) for path in these]):
+            values = np.array(values)
+            total += ((values - values[normals].mean())
+                      / max(values[normals].std(), 0.01 * abs(values[normals].mean())))
+        test = ~np.array(normals)
+        kinds = np.array([scored[path]["kind"] for path in these])[test]
+        record, = (r for r in result["records"] if r["system"] == "MAEDAY + HVQ"
+                   and r["category"] == name and r["trained on"] == "all")
+        assert record["both"] == pytest.approx(evaluation.aurocs(kinds, total[test]))
+
+
+def test_a_training_that_is_stopped_ends_130(beside, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(baselines.METHODS, "smae", interrupted)
+    next(Path("runs").rglob("rivals/smae.json")).unlink()
+    assert baselines.main(beside) == 130 and "goes on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"about": 1}'])
+def test_a_file_that_is_damaged_or_about_others_is_one_line(beside, content, capsys):
+    file = Path("runs/twin/pushpins-tiny-seed0/rivals/patchcore.json")
+    file.write_text(content)
+    assert baselines.main(["runs/twin/pushpins-tiny-seed0", "--methods", "patchcore"]) == 1
+    warning, = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    assert "patchcore.json" in warning and "delete it" in warning
+
+
+def test_photos_that_came_later_are_one_line(beside, capsys):
+    """They have no S_HVQ, and the rivals would see other photos than LADMIM."""
+    Path("twin").unlink()
+    run = Path("runs/twin/pushpins-tiny-seed0")
+    config = json.loads((run / "config.json").read_text())
+    shutil.copytree(Path(config["root"]) / "pushpins", "twin/pushpins")
+    shutil.copy(next(Path("twin/pushpins/test/good").iterdir()), "twin/pushpins/test/good/999.png")
+    (run / "config.json").write_text(json.dumps(config | {"root": str(Path("twin").resolve())}))
+    assert baselines.main([str(run), "--methods", "patchcore"]) == 1
+    warning, = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    assert str(run) in warning and "train it again" in warning
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--methods", "gcad"], "--methods gcad"), (["--steps", "0"], "--steps 0"),
+    (["--multi"], "--category"), (["--data", "twin"], "--category"),
+    (["--data", "twin", "--category", "pushpins", "--multi"], "--multi")])
+def test_wrong_options_are_one_line(beside, arguments, named, capsys):
+    assert baselines.main(arguments) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and named in line
+
+
+def test_reported_results_hold_together():
+    """Δ_multi is the difference of Tables 3 and 2, and every contradiction has a note."""
+    paper = json.loads(evaluation.REPORTED.read_text())
+    single, multi = paper["table2_single_class"], paper["table3_multi_class"]
+    for system, delta in multi["delta_multi"].items():
+        assert multi["overall"][system] - single["overall"][system] == pytest.approx(delta)
+    for system, overall in single["overall"].items():
+        means = [single[kind]["average"].get(system, 0) for kind in evaluation.KINDS]
+        if not system.endswith("_std") and abs(np.mean(means) - overall) > 0.11:
+            assert system in single["note"]
+    for table, row in (("table5_scoring_ablation", "both"), ("table6_combined_with_hvq", "LADMIM"),
+                       ("table8_prediction_target", "histogram")):
+        assert paper[table][row]["average"] != single["overall"]["LADMIM"]
+        note = paper[table]["note"]
+        assert str(single["overall"]["LADMIM"]) in note and row in note
+
+
+def test_an_auroc_of_zero_and_a_missing_one_have_cells():
+    record = {"system": "SMAE", "category": "x", "seed": 0, "data": "d", "rendered": False,
+              "trained on": "each alone", "columns": ("logical", "structural", "average"),
+              "curve": [{"step": 9, "loss": 0.5, "aurocs": {"x": {"logical": 0.0}}}]}
+    (_, header, (row,)), = baselines.curve_table([record])
+    assert len(header) == len(row) == 8 and [evaluation.cell_text(c) for c in row[5:]] == [
+        "0.0", "–", "–"]

@@ -202,14 +202,22 @@ def test_checkerboards_are_the_six_and_each_is_drawn_once_in_six():
     assert boards.shape == (12, 576)
     i, j = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
     expected = set()
-    for side in (8, 4, 2):                           # tokens of a square: 3, 6, 12 squares a side
+    for side in (3, 6, 12):                          # tokens of a square, as in the published code
         board = ((i // side + j // side) % 2 == 1).flatten()
         expected |= {tuple(board.tolist()), tuple((~board).tolist())}
     drawn = [tuple(board.tolist()) for board in boards]
     assert set(drawn) == expected and all(drawn.count(board) == 2 for board in expected)
-    cfg = dataclasses.replace(SMALL, mask="checkerboard", grid=24, masks=64)
+    small = ladmim.checkerboard_masks(6, 12, 0, 0, seeded(0)).view(6, 12, 12)
+    halves = {tuple(board[0].tolist()) for board in small}       # first rows: squares of 6, of 3
+    assert {(True,) * 6 + (False,) * 6, ((True,) * 3 + (False,) * 3) * 2} <= halves
+
+
+@pytest.mark.parametrize("mask", ladmim.MASKS)
+def test_scoring_masks_are_blocks_whatever_the_training_masks_are(mask):
+    """As in the published code: 230 of 576 tokens."""
+    cfg = Config(**PRESETS["paper"] | {"mask": mask})
     scoring = ladmim.scoring_masks(cfg, 0, torch.device("cpu"))
-    assert {tuple(board.tolist()) for board in scoring} == expected and len(scoring) == 6
+    assert torch.equal(scoring, ladmim.block_masks(64, 24, 230, 92, seeded(0, "scoring masks")))
 
 
 def test_paper_masks_have_the_papers_counts():

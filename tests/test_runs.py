@@ -51,8 +51,14 @@ def test_every_preset_works(preset):
     options.check_settings(cfg, OPTIONS, positions(cfg.image_size))
 
 
+@pytest.mark.parametrize("grid", [8, 12, 16, 24, 48])
+def test_grids_that_have_an_eighth_or_nearly_hold_checkerboards(grid):
+    cfg = dataclasses.replace(Config(), mask="checkerboard", grid=grid)
+    runs.check_settings(cfg, OPTIONS, positions(cfg.image_size))
+
+
 @pytest.mark.parametrize("settings, option", [
-    ({"mask": "stripes"}, "--mask"), ({"mask": "checkerboard", "grid": 16}, "--grid"),
+    ({"mask": "stripes"}, "--mask"), ({"mask": "checkerboard", "grid": 6}, "--grid"),
     ({"target": "code", "mim_score": "whitened"}, "--mim-score"),
     ({"codes": 129, "mim_score": "whitened"}, "--mim-score"), ({"grid": 7}, "--grid"),
     ({"image_size": 30}, "--grid"), ({"codes": 2 ** 15 + 1}, "--codes"),

@@ -1,0 +1,170 @@
+"""EfficientAD-S, Batzner et al. 2024, and PUAD, Sugawara and Imamura 2024.
+
+A student learns to say what the frozen teacher (our PDN) says of a photo, from the same 33 pixels;
+an autoencoder, too, through 64 numbers for the whole photo; and the student's other half learns to
+say what the autoencoder says. Where student and teacher differ, a part is broken; where student and
+autoencoder differ, the arrangement is wrong. PUAD adds how far the photo's mean feature is from the
+training photos'.
+
+Cut, so that two cores suffice: the penalty on ImageNet's photos (there are none here) and the
+colour jitter of the autoencoder's input, so the teacher's features are computed once. The student
+sees two crops of 96 pixels a step, not a whole photo. The PDN pads nothing, so what a student says
+of a crop at a multiple of 4 pixels is what it says there of the photo. Steps: until the validation
+loss has settled, at most the paper's 70,000.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from backbone import CHANNELS, FIELD, STRIDE, build_pdn, extract, positions
+from eval import standardise
+from rival import Photos, Plan, as_input, fit, megabytes, milliseconds
+
+PLAN = Plan(steps=70_000, every=500, batch=2, lr=1e-4, weight_decay=1e-5)
+CROP = 96                               # pixels
+LATENT = 64                             # numbers that the autoencoder keeps of a photo
+HARD = 1000                             # one value in so many, the worst, is learned from
+LOW, HIGH = 0.9, 0.995                  # quantiles of the validation maps that become 0 and 0.1
+
+
+class Autoencoder(nn.Sequential):
+    """(B, 3, S, S) -> (B, d0, P, P)."""
+
+    def __init__(self, side: int):
+        def down(channels, to):
+            return [nn.Conv2d(channels, to, 4, 2, 1), nn.ReLU()]
+
+        def up(size):
+            return [nn.Upsample((size, size), mode="bilinear"),
+                    nn.Conv2d(LATENT, LATENT, 3, padding=1), nn.ReLU()]
+
+        super().__init__(*down(3, 32), *down(32, 32), *down(32, 64), *down(64, 64),
+                         nn.AdaptiveAvgPool2d(8), nn.Conv2d(64, LATENT, 8), *up(3), *up(8),
+                         *up(max(1, side // 2)), *up(side),
+                         nn.Conv2d(LATENT, CHANNELS, 3, padding=1))
+
+
+def build_student(width: float) -> nn.Sequential:
+    """A PDN small with `width` times its channels inside; half of what it gives is for the teacher,
+    half for the autoencoder."""
+    student, sizes = build_pdn("small"), [3, *(int(width * n) for n in (128, 256, 256))]
+    layers = [i for i, layer in enumerate(student) if isinstance(layer, nn.Conv2d)]
+    for i, channels, to in zip(layers, sizes, [*sizes[1:], 2 * CHANNELS]):
+        student[i] = nn.Conv2d(channels, to, student[i].kernel_size)
+    return student
+
+
+class EfficientAD(nn.Module):
+    def __init__(self, image_size: int, width: float = 1):
+        super().__init__()
+        self.student = build_student(width)
+        self.autoencoder = Autoencoder(positions(image_size))
+
+    def loss(self, x, teacher, rng):
+        """x (B, 3, S, S), teacher (B, d0, P, P)."""
+        size = min(CROP, x.shape[-1])
+        side = positions(size)
+        top, left = (int(torch.randint(teacher.shape[-1] - side + 1, (), generator=rng))
+                     for _ in range(2))
+        crop = x[..., STRIDE * top:STRIDE * top + size, STRIDE * left:STRIDE * left + size]
+        here = (..., slice(top, top + side), slice(left, left + side))
+        local, wide = self.student(crop).chunk(2, 1)
+        rebuilt = self.autoencoder(x)
+        return (hardest(teacher[here] - local) + F.mse_loss(rebuilt, teacher)
+                + F.mse_loss(wide, rebuilt[here]))
+
+    def look(self, x, teacher):
+        """-> local and global map (B, P, P), and PUAD's vector (B, d0): the student's mean."""
+        local, wide = self.student(x).chunk(2, 1)
+        return ((teacher - local).square().mean(1), (self.autoencoder(x) - wide).square().mean(1),
+                local.mean((2, 3)))
+
+
+def hardest(difference: torch.Tensor) -> torch.Tensor:
+    """The mean of the largest squares, one in HARD."""
+    squares = difference.square().flatten()
+    return squares.topk(max(1, len(squares) // HARD)).values.mean()
+
+
+def quantiles(maps: torch.Tensor) -> tuple[float, float]:
+    """maps (n, P, P) of the validation photos -> what becomes 0 and what becomes 0.1."""
+    low, high = torch.quantile(maps.double().flatten(), torch.tensor([LOW, HIGH]).double()).tolist()
+    return low, high
+
+
+def photo_scores(local, wide, of_local, of_wide) -> torch.Tensor:
+    """Maps (B, P, P), `quantiles` of each -> (B,) the largest value of their mean."""
+    maps = [0.1 * (m - low) / max(high - low, 1e-12)
+            for m, (low, high) in ((local, of_local), (wide, of_wide))]
+    return ((maps[0] + maps[1]) / 2).flatten(1).amax(1)
+
+
+def ledoit_wolf(x: torch.Tensor) -> torch.Tensor:
+    """x (n, d) -> the covariance (d, d) of its rows, shrunk towards a multiple of the identity as
+    Ledoit and Wolf 2004 have it: with fewer photos than channels the plain one has no inverse."""
+    x = x.double() - x.double().mean(0)
+    (n, d), covariance = x.shape, x.T @ x / len(x)
+    target = covariance.trace() / d * torch.eye(d, dtype=x.dtype)
+    off = (covariance - target).square().sum()
+    noise = (x.square().sum(1).square().mean() - covariance.square().sum()) / n
+    share = float((noise / off).clamp(0, 1)) if off > 0 else 1.0
+    return (1 - share) * covariance + share * target
+
+
+def mahalanobis(x: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
+    """x (B, d), normal (n, d) -> (B,) distances of x from the mean of the normal rows."""
+    off = x.double() - normal.double().mean(0)
+    whitened = off @ torch.linalg.pinv(ledoit_wolf(normal), hermitian=True)
+    return (whitened * off).sum(1).clamp(min=0).sqrt()
+
+
+def run_name(width: float) -> str:
+    return "efficientad" if width == 1 else f"efficientad-{width:g}"
+
+
+def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
+    """-> what bench/baselines.py keeps of both methods."""
+    torch.manual_seed(photos.seed)
+    model = EfficientAD(photos.size, width).to(photos.device, memory_format=torch.channels_last)
+    plan = Plan(**vars(PLAN) | ({"steps": steps} if steps else {}))
+    features, side, first = photos.everywhere, positions(photos.size), len(photos.validation)
+
+    def teacher(index):
+        return features.h0(index).transpose(1, 2).unflatten(2, (side, side))
+
+    def look_at(index):
+        found = [model.look(photos.images(some), teacher(some)) for some in index.split(8)]
+        return [torch.cat(part).cpu() for part in zip(*found)]
+
+    def scores_of(local, wide):
+        normal = quantiles(local[:first]), quantiles(wide[:first])
+        return photo_scores(local, wide, *normal).tolist(), normal
+
+    def look():
+        local, wide, _ = look_at(photos.scored)
+        aurocs = photos.aurocs(scores_of(local, wide)[0])
+        return float(local[:first].mean() + wide[:first].mean()), {"aurocs": aurocs}
+
+    trained = fit(photos, run_name(width), model, plan,
+                  lambda batch, rng: model.loss(photos.images(batch), teacher(batch), rng), look)
+    with torch.inference_mode():
+        local, wide, vectors = look_at(photos.scored)
+        normal_vectors = look_at(photos.train)[2]
+    efficientad, normal = scores_of(local, wide)
+    distances = mahalanobis(vectors, normal_vectors).numpy()
+    puad = sum(standardise(part, part[:first]) for part in (torch.tensor(efficientad).numpy(),
+                                                            distances))
+    pdn = photos.ladmim.pdn
+
+    def judge(images):
+        h0 = (extract(pdn, torch.from_numpy(images).to(photos.device), side)
+              - features.mean) / features.std
+        local, wide, vector = model.look(as_input(images, photos.device),
+                                         h0.transpose(1, 2).unflatten(2, (side, side)))
+        return photo_scores(local, wide, *normal)
+
+    return {"scores": {"EfficientAD-S": efficientad, "PUAD": puad.tolist()},
+            "train": trained["seconds"], "image": milliseconds(judge, photos),
+            "megabytes": megabytes(pdn, model), **trained}

@@ -1,0 +1,119 @@
+"""Figure 3: what the size of a model is worth, as a PNG: python bench/figure3.py --category a,b
+
+One model of all categories: LADMIM with wider and narrower ViTs, and EfficientAD-S with wider and
+narrower students. Trains what is missing, as bench/ablations.py and bench/baselines.py do.
+"""
+from __future__ import annotations
+
+import io
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+import ablations  # noqa: E402
+import baselines  # noqa: E402
+import data  # noqa: E402
+import efficientad  # noqa: E402
+import eval as evaluation  # noqa: E402
+import rival  # noqa: E402
+import runs  # noqa: E402
+
+WIDTHS = (0.25, 0.5, 1, 2)
+COLOURS = ((30, 90, 200), (220, 110, 20))
+SIZE, LEFT, TOP, RIGHT, BOTTOM = (720, 480), 70, 30, 20, 60          # pixels
+
+
+def mean_auroc(figures: list[dict]) -> float:
+    """Percent, the mean over the categories of the widest figure that each has."""
+    return 100 * float(np.mean([one.get("average", next(iter(one.values()))) for one in figures]))
+
+
+def points(args) -> dict[str, list[tuple[float, float]]]:
+    """Each system's (megabytes, AUROC in percent), narrowest first."""
+    root, categories = data.find_data(args.data, args.category)
+    rows, curves = ablations.ablate("width", root, categories, args), {}
+    for records in rows.values():
+        detector = ablations.ladmim.load_detector(Path(records[0]["run"]), categories[0],
+                                                  runs.pick_device(None))
+        size = rival.megabytes(detector.pdn, detector.hvq, detector.mim)
+        curves.setdefault("LADMIM", []).append((size, mean_auroc([r["both"] for r in records])))
+    ordinary = Path(rows["1 times the preset's mim_width"][0]["run"])
+    lock = runs.lock(ordinary / "rivals")
+    photos = rival.Photos(evaluation.read_run(ordinary), args.cache)
+    for width in WIDTHS:
+        kept = baselines.keep(photos, efficientad.run_name(width), lambda photos, steps:
+                              efficientad.run(photos, steps, width), args.steps)
+        figures = photos.aurocs(kept["scores"]["EfficientAD-S"])
+        curves.setdefault("EfficientAD-S", []).append((kept["megabytes"],
+                                                       mean_auroc(list(figures.values()))))
+    lock.close()
+    return curves
+
+
+def draw(curves: dict[str, list[tuple[float, float]]], title: str) -> Image.Image:
+    """Megabytes, on a logarithmic axis, against AUROC; a line a system."""
+    sheet, font = Image.new("RGB", SIZE, "white"), ImageFont.load_default(14)
+    pen, found = ImageDraw.Draw(sheet), [point for curve in curves.values() for point in curve]
+    sizes, heights = [math.log2(mb) for mb, _ in found], [y for _, y in found]
+    first, last = math.floor(min(sizes)), max(math.ceil(max(sizes)), math.floor(min(sizes)) + 1)
+    low, high = 5 * math.floor(min(heights) / 5), 5 * math.ceil((max(heights) + 0.1) / 5)
+
+    def at(mb: float, auroc: float) -> tuple[float, float]:
+        return (LEFT + (math.log2(mb) - first) / (last - first) * (SIZE[0] - LEFT - RIGHT),
+                SIZE[1] - BOTTOM - (auroc - low) / (high - low) * (SIZE[1] - TOP - BOTTOM))
+
+    for power in range(first, last + 1):
+        x, y = at(2 ** power, low)
+        pen.line([(x, y), (x, TOP)], (225, 225, 225))
+        pen.text((x, y + 6), f"{2 ** power:g}", "black", font, "ma")
+    for auroc in range(low, high + 1, 5):
+        x, y = at(2 ** first, auroc)
+        pen.line([(x, y), (SIZE[0] - RIGHT, y)], (225, 225, 225))
+        pen.text((x - 8, y), str(auroc), "black", font, "rm")
+    pen.text((SIZE[0] // 2, 6), title, "black", font, "ma")
+    pen.text((SIZE[0] // 2, SIZE[1] - 24), "model, MB", "black", font, "ma")
+    for number, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS)):
+        line = [at(*point) for point in curve]
+        pen.line(line, colour, 3)
+        for x, y in line:
+            pen.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
+        pen.text((LEFT + 12, TOP + 8 + 20 * number), name, colour, font)
+    return sheet
+
+
+def parse(argv):
+    parser = data.Parser(prog="bench/figure3.py", description="The paper's Figure 3 as a PNG.")
+    add = parser.add_argument
+    add("--category", default="all", help="a comma list or all: one model for all of them")
+    add("--data", help="the folder that holds the category folders")
+    add("--preset", choices=ablations.ladmim.PRESETS, default="tiny", help="default: tiny")
+    add("--steps", type=int, help="at most so many steps of EfficientAD's training")
+    add("--runs", type=Path, default=Path("runs"), help="default: runs")
+    add("--cache", type=Path, default=Path("cache"), help="default: cache")
+    add("--out", type=Path, help="default: figure3.png in the runs' folder")
+    parser.set_defaults(together=True, mim_epochs=None, seeds=[0])
+    return parser.parse_args(argv)
+
+
+def write(args) -> int:
+    curves, out, content = points(args), args.out or args.runs / "figure3.png", io.BytesIO()
+    draw(curves, f"Figure 3, one model of {args.category}: AUROC %").save(content, "png")
+    data.write_whole(out, content.getvalue(), "name another file")
+    rows = [[name, f"{mb:.1f}", evaluation.Spread(auroc / 100)]
+            for name, curve in curves.items() for mb, auroc in curve]
+    print(evaluation.markdown(str(out), ["system", "MB", "AUROC %"], rows))
+    return 0
+
+
+def main(argv=None) -> int:
+    return data.run_command(lambda: write(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

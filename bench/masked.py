@@ -1,0 +1,178 @@
+"""SMAE and MAEDAY: what a masked autoencoder cannot guess from the rest of the photo is anomalous.
+
+SMAE (Yao et al. 2022: siamese transition masked autoencoders) guesses the PDN's features. The
+tokens are split in two halves at random. Two branches with the same weights each see one half and
+guess the other. The original moves latent codes from one half to the other; here the decoder does.
+
+MAEDAY (Schwartz et al. 2022) guesses pixels: patches of 16x16, a quarter of them visible. Error
+over 32 masks. The original's autoencoder has learned ImageNet; this one starts from nothing.
+
+Both are scored with the same masks for every photo, drawn from the run's seed: a map of the mean
+error over the masks that hide a place, and the photo's score is the map's largest value.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ladmim import Block
+from rival import Photos, Plan, as_input, fit, megabytes, milliseconds
+from runs import seeded
+
+SMAE = Plan(steps=20_000, every=250, batch=4, lr=5e-4, weight_decay=0.05)
+MAEDAY = Plan(steps=20_000, every=500, batch=8, lr=5e-4, weight_decay=0.05)
+PATCH = 16                              # pixels a side, MAEDAY's
+VISIBLE = 0.25                          # share of MAEDAY's patches
+PAIRS, MASKS = 8, 32                    # at scoring: SMAE's pairs of halves, MAEDAY's masks
+BLUR = 1.4                              # pixels, of MAEDAY's map
+
+
+class MaskedAutoencoder(nn.Module):
+    """The encoder sees the visible tokens only; the decoder guesses all of them."""
+
+    def __init__(self, channels: int, tokens: int, width=192, blocks=3, narrow=128, guessing=1):
+        super().__init__()
+        self.embed = nn.Linear(channels, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.encoder = nn.ModuleList(Block(width, 4, 0.0) for _ in range(blocks))
+        self.narrow = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, narrow))
+        self.hidden = nn.Parameter(torch.zeros(narrow))              # stands for a hidden token
+        self.decoder_positions = nn.Parameter(0.02 * torch.randn(tokens, narrow))
+        self.decoder = nn.ModuleList(Block(narrow, 4, 0.0) for _ in range(guessing))
+        self.out = nn.Sequential(nn.LayerNorm(narrow), nn.Linear(narrow, channels))
+
+    def forward(self, x, visible):
+        """x (B, N, C), visible (B, V) numbers of tokens -> guesses of all tokens (B, N, C)."""
+        seen = self.embed(x) + self.positions                        # (B, N, width)
+        seen = seen.gather(1, visible[..., None].expand(-1, -1, seen.shape[-1]))
+        for block in self.encoder:
+            seen = block(seen)
+        seen = self.narrow(seen)                                     # (B, V, narrow)
+        tokens = self.hidden.expand(*x.shape[:2], -1)
+        tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen)
+        tokens = tokens + self.decoder_positions
+        for block in self.decoder:
+            tokens = block(tokens)
+        return self.out(tokens)
+
+
+def hides(visible, tokens: int) -> torch.Tensor:
+    """visible (B, V) numbers of tokens -> (B, N), 1.0 where a token is hidden."""
+    return torch.ones(len(visible), tokens, device=visible.device).scatter(1, visible, 0.0)
+
+
+def token_error(guess: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(B, N, C) -> (B, N) squared error of each token, the channels' mean."""
+    return (guess - x).square().mean(-1)
+
+
+def splits(count: int, tokens: int, share: float, both: bool, generator) -> torch.Tensor:
+    """`count` random choices of a share of the tokens, (count, V); with `both`, each half is
+    followed by the other, (2 * count, V). Of an odd number of tokens one is in neither."""
+    order = torch.rand(count, tokens, generator=generator).argsort(1)
+    visible = order[:, :max(1, int(share * tokens))]
+    other = order[:, -visible.shape[1]:]
+    return torch.stack([visible, other], 1).flatten(0, 1) if both else visible
+
+
+def error_map(errors) -> torch.Tensor:
+    """errors: for each mask its error and where it hides, both (B, ...) -> (B, ...) the mean error
+    of the masks that hide a place; 0 where none does."""
+    total = count = 0
+    for error, hidden in errors:
+        total, count = total + error * hidden, count + hidden
+    return total / count.clamp(min=1)
+
+
+def patches(x: torch.Tensor) -> torch.Tensor:
+    """x (B, 3, S, S) -> (B, N, 3 * 16 * 16); what is left over at the right and below is cut."""
+    side = x.shape[-1] // PATCH * PATCH
+    return F.pixel_unshuffle(x[..., :side, :side], PATCH).flatten(2).transpose(1, 2)
+
+
+def pixel_error(guess: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Patches (B, N, 768) -> (B, 16 g, 16 g) squared error of each pixel, the colours' mean."""
+    grid = round(x.shape[1] ** 0.5)
+    error = (guess - x).square().transpose(1, 2).unflatten(2, (grid, grid))
+    return F.pixel_shuffle(error, PATCH).mean(1)
+
+
+def blurred(maps: torch.Tensor) -> torch.Tensor:
+    """maps (B, S, S), blurred by a Gaussian of 7x7 pixels."""
+    row = torch.exp(-(torch.arange(-3, 4, device=maps.device) / BLUR).square() / 2)
+    kernel = (row[:, None] * row) / row.sum().square()
+    return F.conv2d(F.pad(maps[:, None], (3, 3, 3, 3), "reflect"), kernel[None, None])[:, 0]
+
+
+def train_and_score(photos: Photos, name: str, label: str, plan: Plan, inputs, channels: int,
+                    tokens: int, draw, maps, steps) -> dict:
+    """inputs(index) -> x (B, N, C), draw(n, rng) -> visible tokens, maps(model, x) -> (B, ...), the
+    map whose largest value is the score. -> what is kept of a rival, and judge(x) -> scores"""
+    torch.manual_seed(photos.seed)
+    model = MaskedAutoencoder(channels, tokens).to(photos.device)
+    plan = Plan(**vars(plan) | ({"steps": steps} if steps else {}))
+    first = len(photos.validation)
+
+    def loss(batch, rng):
+        x, visible = inputs(batch), draw(len(batch), rng).to(photos.device)
+        x = x.repeat_interleave(len(visible) // len(x), 0)           # SMAE: once for each half
+        hidden = hides(visible, tokens)
+        return (token_error(model(x, visible), x) * hidden).sum() / hidden.sum()
+
+    def found():
+        return torch.cat([maps(model, inputs(some)) for some in photos.scored.split(8)]).flatten(1)
+
+    def look():
+        all_maps = found()
+        return float(all_maps[:first].mean()), {"aurocs": photos.aurocs(all_maps.amax(1).tolist())}
+
+    trained = fit(photos, name, model, plan, loss, look)
+    with torch.inference_mode():
+        scores = found().amax(1).tolist()
+    return {"scores": {label: scores}, "train": trained["seconds"], **trained,
+            "megabytes": megabytes(model), "judge": lambda x: maps(model, x).flatten(1).amax(1)}
+
+
+def run_smae(photos: Photos, steps: int | None = None) -> dict:
+    """-> what bench/baselines.py keeps of SMAE."""
+    tokens, detector = photos.ladmim.cfg.grid ** 2, photos.ladmim
+    pairs = splits(PAIRS, tokens, 0.5, True, seeded(photos.seed, "smae scoring"))
+
+    def one(model, x, visible):
+        return token_error(model(x, visible), x), hides(visible, tokens)
+
+    def maps(model, x):
+        return error_map(one(model, x, half.expand(len(x), -1)) for half in pairs.to(x.device))
+
+    kept = train_and_score(photos, "smae", "SMAE", SMAE, photos.features.h0,
+                           photos.features.mean.numel(), tokens,
+                           lambda n, rng: splits(n, tokens, 0.5, True, rng), maps, steps)
+    judge = kept.pop("judge")
+    kept["image"] = milliseconds(lambda images: judge(detector.look(images)[0]), photos)
+    kept["megabytes"] += megabytes(detector.pdn)
+    return kept
+
+
+def run_maeday(photos: Photos, steps: int | None = None) -> dict:
+    """-> what bench/baselines.py keeps of MAEDAY."""
+    grid = photos.size // PATCH
+    tokens = grid ** 2
+    masks = splits(MASKS, tokens, VISIBLE, False, seeded(photos.seed, "maeday scoring"))
+
+    def one(model, x, visible):
+        hidden = hides(visible, tokens).view(-1, grid, grid)
+        hidden = hidden.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+        return pixel_error(model(x, visible), x), hidden
+
+    def maps(model, x):
+        return blurred(error_map(one(model, x, mask.expand(len(x), -1))
+                                 for mask in masks.to(x.device)))
+
+    kept = train_and_score(photos, "maeday", "MAEDAY", MAEDAY,
+                           lambda index: patches(photos.images(index)), 3 * PATCH ** 2, tokens,
+                           lambda n, rng: splits(n, tokens, VISIBLE, False, rng), maps, steps)
+    judge = kept.pop("judge")
+    kept["image"] = milliseconds(lambda images: judge(patches(as_input(images, photos.device))),
+                                 photos)
+    return kept

@@ -1,0 +1,188 @@
+"""What the rivals share: one run's photos, as they see them, and a training that can be stopped.
+
+A rival is trained on the very photos of a finished run of LADMIM, one category or several at once,
+and keeps what it found in RUN/rivals: METHOD.json once it is done, METHOD.pt while it is trained.
+"""
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import backbone  # noqa: E402
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import ladmim  # noqa: E402
+import runs  # noqa: E402
+
+
+class Photos:
+    """A run's photos. They are numbered; train and scored hold the numbers of the training photos
+    and of those that get a score, the validation photos first."""
+
+    def __init__(self, scored: evaluation.ScoredRun, cache: Path):
+        self.scored_run, self.cache = scored, cache
+        self.metrics = runs.load_finished(scored.folder)["metrics"]
+        root = Path(scored.config.get("root") or "")
+        self.names, self.seed = sorted(set(scored.category.tolist())), scored.config["seed"]
+        self.ladmim = ladmim.load_detector(scored.folder, self.names[0], runs.pick_device(None))
+        self.size, self.device = self.ladmim.cfg.image_size, self.ladmim.mean.device
+        found = []
+        for name in self.names:
+            found += data.find_photos(root, name, self.seed)
+        self.features, self.photos = self.look(found, self.ladmim.cfg.grid)
+        self.paths = [photo.path.relative_to(root).as_posix() for photo in self.photos]
+        train, self.validation, test = (
+            torch.tensor([i for i, photo in enumerate(self.photos) if photo.split == split],
+                         dtype=torch.long) for split in data.SPLITS)
+        self.train, self.scored = train, torch.cat([self.validation, test])
+        if {self.paths[i] for i in self.scored.tolist()} != set(scored.path.tolist()):
+            raise data.InputError(f"{scored.folder}: the photos in {root} changed since it was "
+                                  "trained; train it again")
+
+    def look(self, photos: list, grid: int):
+        """-> their features at grid x grid tokens, standardised over the training photos, and the
+        photos that can be read."""
+        seen, left, rows, _ = backbone.find_features(photos, self.ladmim.pdn, self.size, grid, False,
+                                                     self.device, self.cache, self.ladmim.white)
+        train = torch.tensor([photo.split == "train" for photo in left])
+        moments = backbone.channel_statistics(seen, rows[train])
+        return backbone.Features(seen, *moments, self.device, rows), left
+
+    @cached_property
+    def everywhere(self) -> backbone.Features:
+        """The PDN's features at all its positions, not averaged to tokens."""
+        return self.look(self.photos, backbone.positions(self.size))[0]
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """(n, S, S, 3) uint8."""
+        paths = [photo.path for photo in self.photos]
+        return np.stack(list(data.load_images(paths, self.size, self.ladmim.white)))
+
+    def images(self, index: torch.Tensor) -> torch.Tensor:
+        """(B, 3, S, S) of the photos numbered by index, ImageNet's mean and std taken out."""
+        return as_input(self.pixels[index.numpy()], self.device)
+
+    def aurocs(self, scores) -> dict[str, dict]:
+        """scores, one for each of `scored` -> each category's AUROCs."""
+        test = [self.photos[i] for i in self.scored.tolist()][len(self.validation):]
+        kinds, names = (np.array([getattr(photo, key) for photo in test])
+                        for key in ("kind", "category"))
+        scores = np.asarray(scores)[len(self.validation):]
+        return {name: evaluation.aurocs(kinds[names == name], scores[names == name])
+                for name in self.names}
+
+
+def as_input(images: np.ndarray, device) -> torch.Tensor:
+    """images (B, S, S, 3) uint8 -> (B, 3, S, S) as the PDN wants them."""
+    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+    return backbone.imagenet(x).contiguous(memory_format=torch.channels_last)
+
+
+def megabytes(*parts) -> float:
+    """Of models and tensors, four bytes a number."""
+    count = sum(part.numel() if torch.is_tensor(part) else sum(w.numel() for w in part.parameters())
+                for part in parts)
+    return 4e-6 * count
+
+
+def milliseconds(judge, photos: Photos, most: int = 32) -> float:
+    """An image's share of judge(images (8, S, S, 3) uint8), backbone included. What the first use
+    costs, nobody pays."""
+    images = photos.pixels[photos.scored[:most].numpy()]
+    with torch.inference_mode():
+        judge(images[:8])
+        began = time.monotonic()
+        for start in range(0, len(images), 8):
+            judge(images[start:start + 8])
+    return 1e3 * (time.monotonic() - began) / len(images)
+
+
+# Training
+
+@dataclass
+class Plan:
+    """How a rival is trained: until its validation loss has settled, or for `steps` steps."""
+    steps: int
+    every: int                          # steps between two looks at the validation photos
+    batch: int
+    lr: float
+    weight_decay: float
+
+
+PATIENCE, GAIN = 4, 0.01                # settled: so many looks in turn gained less than this share
+
+
+def settled(losses: list[float]) -> bool:
+    before, late = losses[:-PATIENCE], losses[-PATIENCE:]
+    return bool(before) and min(late) > (1 - GAIN) * min(before)
+
+
+def last_step(plan: Plan, since: int | None) -> int:
+    """since: the step at which the loss had settled. The last twentieth has a tenth of the rate."""
+    return min(plan.steps, math.ceil(since / 0.95)) if since else plan.steps
+
+
+def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> dict:
+    """Trains the model, or goes on where it was stopped; saves it once a minute. A step's
+    randomness depends on its number alone, so the end is the same.
+
+    loss(batch, rng): of the photos numbered by batch; look(): the validation loss, and what else to
+    keep of this step. -> "steps", "settled", "seconds" of the steps, "curve": what look() found.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.weight_decay)
+    file = photos.scored_run.folder / "rivals" / f"{name}.pt"
+    state = {"plan": vars(plan), "paths": photos.paths, "step": 0, "settled": None, "seconds": 0.0,
+             "curve": []}
+    if file.exists():
+        held = runs.load_file(file, str(file))
+        if any(held.get(key) != state[key] for key in ("plan", "paths")):
+            raise data.InputError(f"{file}: is of other settings or photos; delete it")
+        state = held
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    progress, saved = runs.Progress(name, plan.steps, "steps", state["step"]), time.monotonic()
+    while state["step"] < (end := last_step(plan, state["settled"])):
+        progress.total, began, step = end, time.monotonic(), state["step"]
+        late = step >= (state["settled"] or 0.95 * plan.steps)
+        optimizer.param_groups[0]["lr"] = plan.lr * (0.1 if late else 1.0)
+        rng = runs.seeded(photos.seed, name, step)
+        torch.manual_seed(rng.initial_seed())
+        model.train()
+        found = loss(photos.train[torch.randint(len(photos.train), (plan.batch,), generator=rng)],
+                     rng)
+        optimizer.zero_grad()
+        found.backward()
+        optimizer.step()
+        state["seconds"] += time.monotonic() - began
+        state["step"] = step = step + 1
+        if step % plan.every == 0 or step == last_step(plan, state["settled"]):
+            model.eval()
+            with torch.inference_mode():
+                validation, more = look()
+            if not math.isfinite(validation):
+                raise data.InputError(f"{name}: the validation loss is {validation} at step {step}")
+            state["curve"].append({"step": step, "loss": validation, **more})
+            losses = [one["loss"] for one in state["curve"]]
+            if not state["settled"] and step < plan.steps and settled(losses):
+                state["settled"] = step
+                progress.total = last_step(plan, step)
+        if time.monotonic() - saved > 60:
+            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            runs.save_tensors(file, state)
+            saved = time.monotonic()
+        note = f"validation loss {state['curve'][-1]['loss']:.4g}" if state["curve"] else ""
+        progress(step, note)
+    model.eval()
+    return {"steps": state["step"], "settled": bool(state["settled"]),
+            "seconds": state["seconds"], "curve": state["curve"]}

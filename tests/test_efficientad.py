@@ -1,0 +1,93 @@
+"""bench/efficientad.py: its parts against scikit-learn, numpy and plain loops."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import LedoitWolf
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import efficientad  # noqa: E402
+from backbone import positions  # noqa: E402
+from runs import seeded  # noqa: E402
+
+
+@pytest.mark.parametrize("n, d", [(2, 5), (8, 30), (200, 3), (9, 1)])
+def test_puads_distance_is_mahalanobis_with_ledoit_and_wolfs_covariance(n, d):
+    normal = torch.randn(n, d, generator=seeded(0)) * torch.arange(1, d + 1)
+    x = torch.randn(4, d, generator=seeded(1)) + 2
+    fitted = LedoitWolf().fit(normal.double().numpy())
+    assert np.allclose(efficientad.ledoit_wolf(normal), fitted.covariance_)
+    inverse = np.linalg.pinv(fitted.covariance_, hermitian=True)
+    expected = [np.sqrt(off @ inverse @ off)
+                for off in x.double().numpy() - normal.double().numpy().mean(0)]
+    assert np.allclose(efficientad.mahalanobis(x, normal), expected)
+
+
+def test_photos_that_are_all_alike_have_finite_distances():
+    assert torch.equal(efficientad.mahalanobis(torch.ones(2, 3), torch.zeros(4, 3)),
+                       torch.zeros(2, dtype=torch.float64))
+
+
+def test_maps_are_normalised_by_the_quantiles_of_the_validation_maps():
+    validation, local, wide = (torch.rand(n, 5, 5, generator=seeded(n)) for n in (3, 4, 6))
+    wide = wide[:4] * 7
+    of_local, of_wide = efficientad.quantiles(validation), efficientad.quantiles(validation * 9)
+    scores = efficientad.photo_scores(local, wide, of_local, of_wide)
+    for i in range(4):
+        both = 0
+        for m, normal in ((local[i], validation), (wide[i], validation * 9)):
+            low, high = np.quantile(normal.double().numpy(), [0.9, 0.995])
+            both = both + 0.1 * (m.numpy() - low) / (high - low)
+        assert float(scores[i]) == pytest.approx((both / 2).max(), rel=1e-5)
+
+
+def test_only_the_worst_thousandth_is_learned_from():
+    x = torch.randn(2, 50, 40, generator=seeded(2))
+    worst = sorted((x ** 2).flatten().tolist())[-4:]
+    assert float(efficientad.hardest(x)) == pytest.approx(sum(worst) / 4)
+    few = x[0, 0, :3]
+    assert float(efficientad.hardest(few)) == pytest.approx(float(few.square().max()))
+
+
+def test_a_crop_is_exact():
+    """What the student says of a crop at a multiple of 4 pixels it says there of the photo, so the
+    loss compares the right places: it is 0 for a teacher that says the same."""
+    torch.manual_seed(0)
+    model = efficientad.EfficientAD(140).eval()
+    x = torch.randn(1, 3, 140, 140, generator=seeded(3))
+    side = positions(140)
+    with torch.no_grad():
+        local, wide = model.student(x).chunk(2, 1)
+        assert local.shape[-1] == side
+        seen = {}
+        for part in range(6):                        # of other corners, each
+            rest = (model.loss(x, local, seeded(part))
+                    - torch.nn.functional.mse_loss(model.autoencoder(x), local))
+            top, left = corner(seeded(part), side)
+            here = (..., slice(top, top + 16), slice(left, left + 16))
+            expected = (model.autoencoder(x)[here] - wide[here]).square().mean()
+            assert float(rest) == pytest.approx(float(expected), abs=1e-6)
+            seen[top, left] = True
+    assert len(seen) > 3
+
+
+def corner(rng, side: int):
+    return [int(torch.randint(side - 16 + 1, (), generator=rng)) for _ in range(2)]
+
+
+def test_it_learns_what_the_teacher_says():
+    torch.manual_seed(0)
+    model, x = efficientad.EfficientAD(64), torch.randn(2, 3, 64, 64, generator=seeded(4))
+    teacher = torch.randn(2, 384, 8, 8, generator=seeded(5))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
+    for step in range(12):
+        loss = model.loss(x, teacher, seeded(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    local, wide, vector = model.look(x, teacher)
+    assert local.shape == wide.shape == (2, 8, 8) and vector.shape == (2, 384)

@@ -1,0 +1,51 @@
+"""bench/figure3.py: the curves lie where their numbers say, and are those of the runs."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import ablations  # noqa: E402
+import figure3  # noqa: E402
+
+import eval as evaluation  # noqa: E402
+import ladmim  # noqa: E402
+from twin.render import COUNTS, render  # noqa: E402
+
+
+def test_points_lie_where_their_numbers_say():
+    """From 8 to 32 megabytes and 80 to 90 percent: the corners and the middle."""
+    curves = {"LADMIM": [(8, 80), (16, 84.9)], "EfficientAD-S": [(32, 89.9)]}
+    sheet = figure3.draw(curves, "title")
+    assert sheet.size == (720, 480)
+    for colour, points in zip(figure3.COLOURS, [[(70, 420), (385, 231)], [(700, 38)]]):
+        blue = np.all(np.array(sheet) == colour, -1)
+        for x, y in points:
+            assert blue[y - 2:y + 7, x - 3:x + 4].any()
+    assert not np.all(np.array(sheet) == figure3.COLOURS[1], -1)[200:, 100:600].any()
+    figure3.draw({"LADMIM": [(8, 70)]}, "one point")
+
+
+def test_the_figure_of_two_small_categories(tmp_path, monkeypatch, capsys):
+    for name in ("juice_bottle", "pushpins"):
+        render(tmp_path / "twin", name, {**dict.fromkeys(COUNTS, 3), "train": 4}, 64, 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", dict(
+        image_size=64, grid=4, codes=8, code_dim=8, hvq_width=32, hvq_heads=2, mim_width=32,
+        mim_heads=2, mim_blocks=1, masks=2, hvq_epochs=1, mim_epochs=1, codebook="ema"))
+    rows = ablations.ABLATIONS["width"]
+    monkeypatch.setitem(ablations.ABLATIONS, "width", dict(list(rows.items())[1:3]))
+    monkeypatch.setattr(figure3, "WIDTHS", (0.25, 1))
+    assert figure3.main(["--data", "twin", "--steps", "2"]) == 0
+    table = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0].strip() for row in table] == ["LADMIM"] * 2 + ["EfficientAD-S"] * 2
+    sizes = [float(row[1]) for row in table]
+    assert sizes[0] < sizes[1] and sizes[2] < sizes[3]
+    records, _ = evaluation.evaluate_runs([tmp_path / "runs/twin/all-tiny-seed0"])
+    mean = 100 * np.mean([record["both"]["average"] for record in records])
+    assert float(table[1][2]) == pytest.approx(mean, abs=0.051)
+    assert Image.open("runs/figure3.png").size == (720, 480)
+    assert {path.stem for path in Path("runs").rglob("rivals/*.json")} == {
+        "efficientad", "efficientad-0.25"}

@@ -1,0 +1,98 @@
+"""bench/rival.py: a training that settles, stops, and goes on to the same bits."""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import data  # noqa: E402
+import rival  # noqa: E402
+
+
+@pytest.mark.parametrize("losses, expected", [
+    ([], False), ([1] * 4, False), ([1] * 5, True), ([5, 4, 3, 2, 1, 0.9], False),
+    ([1, 0.995, 0.993, 0.992, 0.991], True), ([1, 0.98, 2, 2, 2], False), ([1, 2, 2, 2, 2], True)])
+def test_settled_means_four_looks_in_turn_gained_less_than_a_percent(losses, expected):
+    assert rival.settled(losses) is expected
+
+
+def test_the_last_twentieth_follows_where_it_settled():
+    plan = rival.Plan(1000, 10, 1, 1e-3, 0.0)
+    assert [rival.last_step(plan, since) for since in (None, 95, 500)] == [1000, 100, 527]
+
+
+def start(folder, steps=40, every=10):
+    """A linear model that learns to double its input, and how to train it."""
+    (folder / "rivals").mkdir(exist_ok=True)
+    photos = SimpleNamespace(train=torch.arange(8), seed=3, paths=["a", "b"],
+                             scored_run=SimpleNamespace(folder=folder))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.2))
+
+    def loss(batch, rng):
+        x = batch[:, None] + torch.rand(len(batch), 1, generator=rng)
+        return (model(x / 8) - 2 * x / 8).square().mean()
+
+    def look():
+        x = torch.ones(1, 1)
+        return float((model(x) - 2 * x).square()), {"aurocs": {}}
+
+    plan = rival.Plan(steps, every, 4, 0.05, 0.0)
+    return model, lambda f=loss: rival.fit(photos, "toy", model, plan, f, look), loss
+
+
+def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir(), stopped.mkdir()
+    model, fit, _ = start(whole)
+    record = fit()
+    assert record["steps"] == 40 and [one["step"] for one in record["curve"]] == [10, 20, 30, 40]
+    assert not record["settled"] and record["curve"][-1]["loss"] < record["curve"][0]["loss"]
+
+    now = iter(range(0, 10 ** 6, 20))                            # a clock that leaps: saves often
+    monkeypatch.setattr(rival.time, "monotonic", lambda: next(now))
+    _, fit, loss = start(stopped)
+    calls = []
+
+    def interrupted(batch, rng):
+        calls.append(batch)
+        if len(calls) > 23:
+            raise KeyboardInterrupt
+        return loss(batch, rng)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(interrupted)
+    assert 10 < torch.load(stopped / "rivals/toy.pt")["step"] <= 23
+    other, fit, _ = start(stopped)
+    resumed = fit()
+    assert resumed["curve"] == record["curve"]
+    for a, b in zip(model.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_it_ends_where_the_loss_has_settled(tmp_path):
+    model, fit, loss = start(tmp_path, steps=1000, every=2)
+    constant = next(model.parameters())
+    record = fit(lambda batch, rng: 0 * loss(batch, rng) + 0 * constant.sum())
+    assert record["settled"] and record["steps"] == 11       # looks at 2 .. 10, then a twentieth
+    assert record["curve"][-1]["step"] == 11
+
+
+def test_a_training_of_other_settings_is_no_start(tmp_path):
+    start(tmp_path)
+    torch.save({"plan": {"steps": 7}, "paths": ["a", "b"]}, tmp_path / "rivals/toy.pt")
+    _, fit, _ = start(tmp_path)
+    with pytest.raises(data.InputError, match="toy.pt.*delete it"):
+        fit()
+
+
+def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
+    _, fit, loss = start(tmp_path)
+    with pytest.raises(data.InputError, match="toy: the validation loss is nan at step 10"):
+        fit(lambda batch, rng: loss(batch, rng) * float("nan"))
+
+
+def test_megabytes_are_four_bytes_a_number():
+    assert rival.megabytes(torch.nn.Linear(3, 2), torch.zeros(5)) == pytest.approx(13 * 4e-6)
