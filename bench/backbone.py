@@ -29,9 +29,9 @@ SIZE, CROPS = 224, 300                 # pixels a side of a photo; crops that a 
 
 
 @torch.inference_mode()
-def judge(tokens: torch.Tensor, photos: list) -> list[tuple[str, float, float]]:
-    """tokens (n, N, d) of n photos -> for each kind of anomaly its name, the AUROC of PatchCore and
-    of the Mahalanobis distance."""
+def judge(tokens: torch.Tensor, photos: list) -> dict[str, list[str]]:
+    """tokens (n, N, d) of n photos -> for each kind of anomaly the AUROC in percent of PatchCore
+    and of the Mahalanobis distance."""
     train, test = (torch.tensor([i for i, photo in enumerate(photos) if photo.split == split])
                    for split in ("train", "test"))
     kinds, normal = np.array([photos[i].kind for i in test]), tokens[train].float()
@@ -44,7 +44,7 @@ def judge(tokens: torch.Tensor, photos: list) -> list[tuple[str, float, float]]:
     means = standardised(torch.arange(len(photos))).mean(1, keepdim=True)         # (n, 1, d)
     far = scores.distances(means[test], scores.whitening(means[train]))[:, 0].numpy()
     first, second = evaluation.aurocs(kinds, nearest), evaluation.aurocs(kinds, far)
-    return [(kind, first[kind], second[kind]) for kind in first]
+    return {kind: [f"{100 * figures[kind]:.1f}" for figures in (first, second)] for kind in first}
 
 
 def teacher_tokens(teacher, name: str, photos: list, args, device) -> torch.Tensor:
@@ -64,7 +64,7 @@ def teacher_tokens(teacher, name: str, photos: list, args, device) -> torch.Tens
 
 
 @torch.inference_mode()
-def explained(pdns: list, teachers: list, corpus: Corpus, device) -> list[list[float]]:
+def explained(pdns, teachers, corpus: Corpus, device) -> list[list[float]]:
     """For each PDN and teacher map: how much of its variance, channel by channel standardised, a
     linear readout of the PDN's channels explains. Fitted on crops of photos to learn from, measured
     on others."""
@@ -99,26 +99,24 @@ def measure(args) -> int:
     if args.grid < 1 or backbone.positions(SIZE) % args.grid:
         raise data.InputError(f"--grid {args.grid}: must divide {backbone.positions(SIZE)}")
     root, names = data.find_data(args.data, args.category)
-    pdns = [backbone.load_pdn(name, 0)[0].to(device) for name in args.pdn]
-    teachers = [load_teacher(name, device) for name in args.teacher]
+    pdns = {name: backbone.load_pdn(name, 0)[0].to(device) for name in args.pdn}
+    teachers = {name: load_teacher(name, device) for name in args.teacher}
     for name in names:
-        photos = data.find_photos(root, name, 0)
+        photos, rows = data.find_photos(root, name, 0), []
         data.check_test_split(photos)
-        rows = []
-        for file, pdn in zip([*args.pdn, *args.teacher], [*pdns, *teachers]):
-            if isinstance(pdn, torch.nn.Module):
-                seen, left, at = backbone.find_features(photos, pdn, SIZE, args.grid, False, device,
-                                                        args.cache)
-                tokens = seen[at]
-            else:                                    # the photos that the PDNs' loop has read
-                tokens = teacher_tokens(pdn, file, left, args, device)
-            judged = judge(tokens, left)
-            rows.append([file, *([f"{100 * a:.1f}", f"{100 * b:.1f}"] for _, a, b in judged)])
+        for file, pdn in pdns.items():
+            seen, left, at = backbone.find_features(photos, pdn, SIZE, args.grid, False, device,
+                                                    args.cache)
+            judged = judge(seen[at], left)
+            rows.append([file, *judged.values()])
+        for file, teacher in teachers.items():
+            judged = judge(teacher_tokens(teacher, file, left, args, device), left)
+            rows.append([file, *judged.values()])
         print(evaluation.markdown(f"{name}: AUROC % of PatchCore / Mahalanobis distance",
-                                  ["backbone", *(kind for kind, *_ in judged)], rows), flush=True)
+                                  ["backbone", *judged], rows), flush=True)
     if teachers:
-        shares = explained(pdns, teachers, Corpus(args.images), device)
-        rows = [[file, *(f"{share:.3f}" for share in row)] for file, row in zip(args.pdn, shares)]
+        shares = explained(pdns.values(), teachers.values(), Corpus(args.images), device)
+        rows = [[file, *(f"{share:.3f}" for share in row)] for file, row in zip(pdns, shares)]
         header = [f"map {number}" for number in range(1, len(shares[0]) + 1)]
         print(evaluation.markdown("Explained variance of " + ", ".join(args.teacher),
                                   ["backbone", *header], rows))

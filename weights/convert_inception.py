@@ -62,7 +62,7 @@ def read_package(package: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
 def make_layer(layer: dict, weights: dict) -> nn.Module | None:
     """A Keras layer; None where it joins its inputs. Raises InputError for what is not known."""
     kind, config, name = layer["class_name"], layer["config"], layer["name"]
-    unknown = InputError(f"{name}: a {kind} that this converter does not know; is it nsfwjs 4.3.0?")
+    unknown = InputError(f"{name}: a {kind} that is not known here; is the package nsfwjs 4.3.0?")
     if kind == "Concatenate":
         return None
     if kind == "Activation" and config["activation"] == "relu":
@@ -93,35 +93,26 @@ def make_layer(layer: dict, weights: dict) -> nn.Module | None:
 
 
 class Graph(nn.Module):
-    """Runs the layers that `maps` need, one by one. geometry: of each its stride, and the pixel
-    that its position 0 is centred on."""
+    """Runs the layers up to the last of `maps` one by one. geometry: of each layer its stride, and
+    the pixel that its position 0 is centred on."""
 
     def __init__(self, layers: list[dict], weights: dict, maps):
         super().__init__()
-        self.maps, self.layers, self.geometry = maps, nn.ModuleDict(), {}
-        self.inputs = {layer["name"]: [source[0] for node in layer["inbound_nodes"]
-                                       for source in node] for layer in layers}
-        needed = set(maps)
-        for layer in reversed(layers):               # a layer stands behind its inputs
-            if layer["name"] in needed:
-                needed.update(self.inputs[layer["name"]])
-        for layer in layers:
+        self.maps, self.layers, self.inputs, self.geometry = maps, nn.ModuleDict(), {}, {}
+        end = max(n for n, layer in enumerate(layers, 1) if layer["name"] in maps)
+        for layer in layers[:end]:
             name = layer["name"]
-            if name not in needed:
-                del self.inputs[name]
-            elif layer["class_name"] == "InputLayer":
+            self.inputs[name] = [one[0] for node in layer["inbound_nodes"] for one in node]
+            if layer["class_name"] == "InputLayer":
                 self.geometry[name] = 1.0, 0.5
-            else:
-                stride, centre = self.geometry[self.inputs[name][0]]
-                made = make_layer(layer, weights)
-                if made is not None:
-                    self.layers[name] = made
-                if isinstance(made, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)):
-                    size, padding = made.kernel_size[0], made.padding[0]
-                    strides = made.stride if isinstance(made.stride, int) else made.stride[0]
-                    centre += stride * ((size - 1) / 2 - padding)
-                    stride *= strides
-                self.geometry[name] = stride, centre
+                continue
+            made, (stride, centre) = make_layer(layer, weights), self.geometry[self.inputs[name][0]]
+            if made is not None:
+                self.layers[name] = made
+            if hasattr(made, "kernel_size"):
+                centre += stride * ((made.kernel_size[0] - 1) / 2 - made.padding[0])
+                stride *= layer["config"]["strides"][0]
+            self.geometry[name] = stride, centre
 
     def forward(self, x):
         found = {}

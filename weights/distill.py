@@ -65,7 +65,7 @@ def fit_target(seen: list[torch.Tensor], shares: list[int]) -> list[list[torch.T
             square = torch.randn(size, size, generator=runs.seeded("projection", number))
             matrix = torch.linalg.qr(square)[0][:c, :share]
         matrix = matrix / std[:, None]
-        matrix = matrix / ((x - mean) @ matrix).std(0).clamp(min=1e-6)
+        matrix = matrix / ((x - mean) @ matrix).square().mean(0).sqrt().clamp(min=1e-6)
         target.append([matrix, -mean @ matrix])
     return target
 
