@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import CHANNELS, FIELD, STRIDE, build_pdn, extract, positions
+from backbone import CHANNELS, STRIDE, build_pdn, extract, positions
 from eval import standardise
 from rival import Photos, Plan, as_input, fit, megabytes, milliseconds
 

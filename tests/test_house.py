@@ -26,7 +26,7 @@ BELOW = {
                "scores"},
     "weights": {"backbone", "data", "runs"},
     "bench": {"backbone", "bench", "data", "eval", "kernels", "ladmim", "options", "runs", "scores",
-              "twin"},
+              "twin", "weights"},
     "kernels": {"kernels"},
     "twin": {"console", "twin"},
 }
@@ -53,7 +53,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(filter(None, (package if node.level else "", node.module or "")))
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-    siblings = {f"{package}.{name}" for name in names} if package == "bench" else set()
+    siblings = {f"{package}.{name}" for name in names - MODULES.keys() if package == "bench"}
     return {name for name in (names | siblings) & MODULES.keys() if name != name_of(path)}
 
 

@@ -338,7 +338,7 @@ def wrong_options_of_the_other_commands():
                  ("--size", "large"), ("--start", "none"), ("--precision", "fp8"),
                  ("--size", "small", "--start", "x.pt")):
         yield distill, (*DISTILL, *more)
-    for option in ("steps", "batch", "crop", "lr"):
+    for option in ("steps", "decay", "batch", "bank", "shares", "lr"):
         for value in ("x", "-1", "nan", "inf"):
             yield distill, (*DISTILL, f"--{option}={value}")
     for option in ("train", "validation", "test-good", "size", "seed"):
