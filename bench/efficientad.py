@@ -76,10 +76,11 @@ class EfficientAD(nn.Module):
                 + F.mse_loss(wide, rebuilt[here]))
 
     def look(self, x, teacher):
-        """-> local and global map (B, P, P), and PUAD's vector (B, d0): the student's mean."""
-        local, wide = self.student(x).chunk(2, 1)
-        return ((teacher - local).square().mean(1), (self.autoencoder(x) - wide).square().mean(1),
-                local.mean((2, 3)))
+        """-> local and global map (B, P, P), PUAD's vector (B, d0): the student's mean, and the
+        autoencoder's error (B,)."""
+        (local, wide), rebuilt = self.student(x).chunk(2, 1), self.autoencoder(x)
+        return ((teacher - local).square().mean(1), (rebuilt - wide).square().mean(1),
+                local.mean((2, 3)), (teacher - rebuilt).square().mean((1, 2, 3)))
 
 
 def hardest(difference: torch.Tensor) -> torch.Tensor:
@@ -143,14 +144,16 @@ def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
         return photo_scores(local, wide, *normal).tolist(), normal
 
     def look():
-        local, wide, _ = look_at(photos.scored)
+        local, wide, _, rebuilt = look_at(photos.scored)
         aurocs = photos.aurocs(scores_of(local, wide)[0])
-        return float(local[:first].mean() + wide[:first].mean()), {"aurocs": aurocs}
+        # All three: the global map alone grows while the autoencoder learns.
+        loss = sum(float(part[:first].mean()) for part in (local, wide, rebuilt))
+        return loss, {"aurocs": aurocs}
 
     trained = fit(photos, run_name(width), model, plan,
                   lambda batch, rng: model.loss(photos.images(batch), teacher(batch), rng), look)
     with torch.inference_mode():
-        local, wide, vectors = look_at(photos.scored)
+        local, wide, vectors, _ = look_at(photos.scored)
         normal_vectors = look_at(photos.train)[2]
     efficientad, normal = scores_of(local, wide)
     distances = mahalanobis(vectors, normal_vectors).numpy()
@@ -161,8 +164,8 @@ def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
     def judge(images):
         h0 = (extract(pdn, torch.from_numpy(images).to(photos.device), side)
               - features.mean) / features.std
-        local, wide, vector = model.look(as_input(images, photos.device),
-                                         h0.transpose(1, 2).unflatten(2, (side, side)))
+        local, wide, *_ = model.look(as_input(images, photos.device),
+                                     h0.transpose(1, 2).unflatten(2, (side, side)))
         return photo_scores(local, wide, *normal)
 
     return {"scores": {"EfficientAD-S": efficientad, "PUAD": puad.tolist()},

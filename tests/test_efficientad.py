@@ -89,5 +89,8 @@ def test_it_learns_what_the_teacher_says():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    local, wide, vector = model.look(x, teacher)
+    local, wide, vector, rebuilt = model.look(x, teacher)
     assert local.shape == wide.shape == (2, 8, 8) and vector.shape == (2, 384)
+    for b in range(2):
+        expected = (model.autoencoder(x)[b] - teacher[b]).square().mean()
+        assert float(rebuilt[b].detach()) == pytest.approx(float(expected.detach()))
