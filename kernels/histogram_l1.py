@@ -86,8 +86,8 @@ def _save(ctx, inputs, output):
 
 def _gradient(ctx, grad, _):
     if torch.is_grad_enabled():  # create_graph=True
-        raise RuntimeError("histogram_l1 has no second derivative here; leave create_graph out, or use "
-                           "histogram_l1_reference")
+        raise RuntimeError("histogram_l1 has no second derivative here; leave create_graph out, "
+                           "or use histogram_l1_reference")
     return (grad[..., None] * ctx.saved_tensors[0]).to(ctx.dtype), None, None, None
 
 
