@@ -33,7 +33,6 @@ DETECTORS = {"hvq": "HVQ alone", "mim": "MIM alone", "both": "both"}
 PERCENTILE = 95                         # of the validation normals: a score above it is an anomaly
 GROUP = ("preset", "commit", "trained on")    # runs of one data set that agree here differ in seed
 RUNS = Path("runs")
-REPORTED = Path(__file__).parent / "bench" / "reported_results.json"
 STANDARDISED = "scores standardised with mean and population std of the validation normals only"
 LEAKS = ("LEAKS: scores standardised with mean and std of the whole test set, anomalies included; "
          "to compare with the published code, never to report")
@@ -93,7 +92,7 @@ def find_runs(folders: list[Path]) -> list[Path]:
             raise InputError(f"{folder}: no such folder; name a run or a folder of runs")
         for file in data.walk(folder):  # `read_run` says why a folder may not be read
             place = file if file.is_dir() else file.parent
-            known = file.is_dir() or file.name in ("config.json", "checkpoint.pt", "scores.csv")
+            known = place is file or file.name in ("config.json", "checkpoint.pt", "scores.csv")
             if known and "ablations" not in place.relative_to(folder).parts:
                 runs[place.resolve()] = place
     return sorted(runs.values())
@@ -412,7 +411,7 @@ def data_title(record: dict) -> str:
 def all_tables(records: list[dict]) -> list[tuple]:
     """Two tables a data set. Rendered data and photos never share one, nor do LOCO's kinds of
     defects and others. The paper's figures stand below ours on LOCO's photos."""
-    paper, tables = json.loads(REPORTED.read_text(encoding="utf-8")), []
+    paper, tables = json.loads(data.REPORTED.read_text(encoding="utf-8")), []
     for (_, rendered, columns), members in grouped(records, "data", "rendered", "columns").items():
         title, header, rows = auroc_table(members, data_title(members[0]))
         if not rendered and len(columns) > 1:
@@ -474,8 +473,7 @@ def chosen_runs(args) -> list[Path]:
 
 def each_record(args, figures) -> tuple[list[dict], list[str]]:
     """figures(scored, record) -> rows. -> the rows of all chosen runs and categories, problems."""
-    records, problems = evaluate_runs(chosen_runs(args))
-    rows = []
+    (records, problems), rows = evaluate_runs(chosen_runs(args)), []
     for record in records:
         try:
             with data.readable():
@@ -505,8 +503,7 @@ def show(tables: list[tuple], problems: list[str], banner: str = "") -> int:
     if tables:
         texts = [markdown(*table, banner) for table in tables]
         print("\n\n".join([PROTOCOL.format(banner or STANDARDISED), *texts]))
-    for problem in problems:
-        data.tell(f"warning: {problem}")
+    data.warn(problems)
     return 1 if problems else 0
 
 

@@ -128,7 +128,8 @@ def make_detector(cfg, device):
     hvq, mim = ladmim.HVQ(cfg, backbone.CHANNELS), ladmim.ViT(cfg, backbone.CHANNELS)
     mean = torch.zeros(backbone.CHANNELS, device=device)
     masks = ladmim.scoring_masks(cfg, 0, device)
-    return ladmim.Detector(cfg, pdn, hvq.to(device), mim.to(device), mean, mean + 1, masks, {}, "", 0)
+    return ladmim.Detector(cfg, pdn, hvq.to(device), mim.to(device), mean, mean + 1, masks, {}, "",
+                           0)
 
 
 def draw_photos(folder: Path, n: int, size: int) -> list[Path]:

@@ -52,8 +52,9 @@ class Photos:
     def look(self, photos: list, grid: int):
         """-> their features at grid x grid tokens, standardised over the training photos, and the
         photos that can be read."""
-        seen, left, rows, _ = backbone.find_features(photos, self.ladmim.pdn, self.size, grid, False,
-                                                     self.device, self.cache, self.ladmim.white)
+        seen, left, rows, _ = backbone.find_features(
+            photos, self.ladmim.pdn, self.size, grid, False, self.device, self.cache,
+            self.ladmim.white)
         train = torch.tensor([photo.split == "train" for photo in left])
         moments = backbone.channel_statistics(seen, rows[train])
         return backbone.Features(seen, *moments, self.device, rows), left

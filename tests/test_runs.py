@@ -115,9 +115,8 @@ def test_a_run_goes_on_with_its_weights_under_another_path(tmp_path, monkeypatch
 
 IDLE = [("--codebook ema", "--tokenizer published"), ("--code-dim 8", "--tokenizer published"),
         ("--ema-decay 0.9", "--codebook gradient"), ("--train-block 0.1", "--mask random"),
-        ("--score-block 0.1", "--mask random"), ("--train-block 0.1", "--mask checkerboard"),
-        ("--train-ratio 0.3", "--mask checkerboard"), ("--score-ratio 0.3", "--mask checkerboard"),
-        ("--masks 7", "--mask checkerboard"), ("--hvq-lr 0.1", "--hvq-epochs 0"),
+        ("--train-block 0.1", "--mask checkerboard"), ("--train-ratio 0.3", "--mask checkerboard"),
+        ("--hvq-lr 0.1", "--hvq-epochs 0"),
         ("--mim-warmup 2", "--mim-epochs 0"), ("--mim-dropout 0.2", "--mim-epochs 0")]
 
 
