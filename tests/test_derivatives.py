@@ -1,0 +1,40 @@
+"""histogram_l1's derivatives beyond the first, which test_kernels.py checks."""
+import sys
+
+import pytest
+import torch
+from test_kernels import DEVICE, INTERPRETED, draw
+
+from kernels import histogram_l1
+from kernels.histogram_l1 import histogram_l1_reference
+
+
+@pytest.mark.parametrize("as_operator", [False, True])
+def test_derivatives_but_the_first_are_right_or_refused(monkeypatch, as_operator):
+    """They were zero or wrong, in silence."""
+    module = sys.modules["kernels.histogram_l1"]     # Dynamo must find torch's own as it is
+    monkeypatch.setattr(module, "is_compiling", lambda: as_operator)
+    logits, codes, mask = (t.to(DEVICE) for t in draw(1, 2, 2, 6, 9, dtype=torch.float64))
+    leaf, along = logits.clone().requires_grad_(), torch.randn_like(logits)
+
+    def forward(f):
+        return torch.func.jvp(lambda x: f(x, codes, mask), (logits,), (along,))[1]
+
+    def dual_of_a_leaf(f):
+        with torch.autograd.forward_ad.dual_level():
+            out = f(torch.autograd.forward_ad.make_dual(leaf, along), codes, mask)
+            return torch.autograd.forward_ad.unpack_dual(out).tangent
+
+    def second(f, power=1):
+        first, = torch.autograd.grad(f(leaf, codes, mask).pow(power).sum(), leaf, create_graph=True)
+        return torch.autograd.grad((first * along + leaf).sum(), leaf)[0] - 1
+
+    for derivative in (forward, dual_of_a_leaf, second, lambda f: second(f, 2)):
+        expected = derivative(histogram_l1_reference)
+        assert expected.abs().max() > 1e-3
+        if as_operator or DEVICE != "cpu" or INTERPRETED:
+            with pytest.raises(RuntimeError, match="histogram_l1 has no"):
+                derivative(histogram_l1)
+        else:
+            torch.testing.assert_close(derivative(histogram_l1), expected)
+    histogram_l1(leaf, codes, mask).sum().backward()             # the first one stays
