@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import torch
 from torch.autograd.forward_ad import unpack_dual
+from torch.compiler import is_compiling
 
 from .dispatch import jit, on_device, tl, triton, use_triton
 
@@ -42,7 +43,7 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     if not logits.is_floating_point() or codes.is_floating_point() or mask.dtype != torch.bool:
         raise TypeError("histogram_l1 needs floating-point logits, integer codes and a bool mask, "
                         f"got {logits.dtype}, {codes.dtype}, {mask.dtype}")
-    if logits.device.type == "cpu" and not (use_triton(logits) or torch.compiler.is_compiling()):
+    if logits.device.type == "cpu" and not (use_triton(logits) or is_compiling()):
         # An operator's dispatch would take longer than the rows of a step.
         return _P_and_difference(logits, codes, mask)[1].abs().sum(-1)
     if unpack_dual(logits).tangent is not None:
