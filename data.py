@@ -215,9 +215,10 @@ def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
                 say(f"data: none given with --data, so the rendered twin of {name} is drawn")
                 try:
                     render(root, name)
-                except InputError:       # or another process was faster: it drew the same
+                except InputError as error:  # or another process was faster: it drew the same
                     if not (root / name).is_dir():
-                        raise
+                        raise InputError(f"{error}; if the photos are yours, name the folder above "
+                                         "theirs with --data") from None
     return root, list_categories(root) if asked == ["all"] else asked
 
 

@@ -126,7 +126,7 @@ def tables(name: str, rows: dict) -> list[tuple]:
             for same in by_category.values():
                 row.append([evaluation.spread(same, part, column) for column in columns[:2]])
             ours.append(row)
-    paper = json.loads(evaluation.REPORTED.read_text(encoding="utf-8")).get(PAPER.get(name), {})
+    paper = json.loads(data.REPORTED.read_text(encoding="utf-8")).get(PAPER.get(name), {})
     for label, figures in paper.items():
         if label != "note" and set(columns) <= figures.keys():
             theirs.append([label, *(evaluation.Spread(figures[one] / 100) for one in columns)])

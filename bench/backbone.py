@@ -105,8 +105,8 @@ def measure(args) -> int:
         photos, rows = data.find_photos(root, name, 0), []
         data.check_test_split(photos)
         for file, pdn in pdns.items():
-            seen, left, at = backbone.find_features(photos, pdn, SIZE, args.grid, False, device,
-                                                    args.cache)
+            seen, left, at, _ = backbone.find_features(photos, pdn, SIZE, args.grid, False,
+                                                       device, args.cache)
             judged = judge(seen[at], left)
             rows.append([file, *judged.values()])
         for file, teacher in teachers.items():

@@ -156,7 +156,7 @@ def multi_table(records: list[dict]) -> list[tuple]:
     """Table 3: each system trained on each category alone, on all at once, and the difference,
     beside the paper's."""
     tables = []
-    paper = json.loads(evaluation.REPORTED.read_text(encoding="utf-8"))["table3_multi_class"]
+    paper = json.loads(data.REPORTED.read_text(encoding="utf-8"))["table3_multi_class"]
     for members in evaluation.grouped(records, "data", "preset", "columns").values():
         rows = []
         for system in dict.fromkeys(record["system"] for record in members):
@@ -180,7 +180,7 @@ def multi_table(records: list[dict]) -> list[tuple]:
 
 def reported_table(records: list[dict]) -> list[tuple]:
     """The paper's figures for LOCO, below ours."""
-    first, paper = records[0], json.loads(evaluation.REPORTED.read_text(encoding="utf-8"))
+    first, paper = records[0], json.loads(data.REPORTED.read_text(encoding="utf-8"))
     if len(first["columns"]) == 1:
         return []
     number = 2 if first["trained on"] == "each alone" else 3

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+import data
 import eval as evaluation
 import ladmim
 from bench import ablations
@@ -115,7 +116,7 @@ def test_the_other_ablations(small, monkeypatch, name, rows):
     if name == "multi":          # the paper's averages over the five categories, Tables 2 and 3
         figures = [[round(100 * cell["mean"], 1) for cell in row[1:]] for row in tables[1]["rows"]]
         assert figures == [[80.9, 88.5, 84.7], [81.4, 88.9, 85.1]]
-        paper = json.loads(evaluation.REPORTED.read_text())
+        paper = json.loads(data.REPORTED.read_text())
         for table, row in zip(("table2_single_class", "table3_multi_class"), figures):
             means = [paper[table][kind]["average"] for kind in evaluation.KINDS]
             assert row == [cell["LADMIM"] for cell in (*means, paper[table]["overall"])]

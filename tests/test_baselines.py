@@ -234,7 +234,7 @@ def test_wrong_options_are_one_line(beside, arguments, named, capsys):
 
 def test_reported_results_hold_together():
     """Δ_multi is the difference of Tables 3 and 2, and every contradiction has a note."""
-    paper = json.loads(evaluation.REPORTED.read_text())
+    paper = json.loads(data.REPORTED.read_text())
     single, multi = paper["table2_single_class"], paper["table3_multi_class"]
     for system, delta in multi["delta_multi"].items():
         assert multi["overall"][system] - single["overall"][system] == pytest.approx(delta)

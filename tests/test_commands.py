@@ -289,9 +289,11 @@ def test_training_ends_with_the_next_command_and_what_the_threshold_is_worth(tra
 def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
     """As with `| head`: the first line is read, and nobody reads the others."""
     photos = ["photos/widgets/test"] * 40            # more than the pipe and the buffers hold
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored behind a shell's &
     process = subprocess.Popen([sys.executable, "-u", ladmim.__file__, "predict", *photos, "--run",
                                 "run"], cwd=trained[0], text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     assert process.stdout.readline().split()[0] in ("good", "anomaly")
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
@@ -299,9 +301,11 @@ def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
 
 def test_predict_stopped_by_ctrl_c_is_one_line(trained):
     photos = ["photos/widgets/test"] * 40
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored behind a shell's &
     process = subprocess.Popen([sys.executable, "-u", ladmim.__file__, "predict", *photos, "--run",
                                 "run"], cwd=trained[0], text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     assert process.stdout.readline().split()[0] in ("good", "anomaly")
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == (

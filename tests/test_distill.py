@@ -333,7 +333,7 @@ def test_mistakes_are_one_line(corpus, tmp_path, capsys):
                 (small(corpus, tmp_path / "w.pt", "--lr", "nan"), "--lr nan"),
                 (small(corpus, tmp_path / "w.pt", images=tmp_path / "few"), "too few"),
                 (small(corpus, tmp_path / "w.pt", images=tmp_path / "empty.tar"), "no images"),
-                (small(corpus, "/dev/null/x/w.pt"), "--out")]
+                (small(corpus, "/dev/null/x/w.pt"), "/dev/null/x")]
     for args, reason in mistakes:
         code, _, err = command(capsys, *args)
         assert code == 2 and reason in err, (args, err)

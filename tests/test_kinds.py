@@ -114,7 +114,7 @@ def test_heat_maps_are_no_photos(trained, tmp_path):
     assert first.returncode == 0 and len(drawn) == 12
     for more in (("--heatmap", "shots/heat"), ()):
         again = command(*asked, *more, cwd=tmp_path)
-        assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, "")
+        assert (again.returncode, again.stdout, again.stderr) == (0, first.stdout, first.stderr)
     assert sorted((tmp_path / "shots/heat").iterdir()) == drawn
     refused(lambda: data.find_images([tmp_path / "shots/heat"]), "no images")
     picture(tmp_path / "shots/heat/own.png")         # photos among them are still not drawn on

@@ -3,6 +3,7 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,8 +113,9 @@ def test_thumbnails_keep_the_photos_shape(tmp_path, width, height, size):
     Image.new("RGB", (width, height)).save(tmp_path / "a.png")
     judged = report.Judged(tmp_path / "a.png", "a", 0, 0.0, False, {"structural": np.ones((4, 4)),
                                                                    "logical": np.ones((4, 4))})
-    assert judged.thumbnail().size == size
-    for source in re.findall(r"base64,([^\"]*)", report.card(judged, 1, 64)):
+    assert judged.thumbnail(0).size == size
+    detector = SimpleNamespace(white=0, cfg=SimpleNamespace(image_size=64))
+    for source in re.findall(r"base64,([^\"]*)", report.card(judged, 1, detector)):
         assert Image.open(io.BytesIO(base64.b64decode(source))).size == size
 
 

@@ -54,7 +54,7 @@ def test_every_preset_works(preset):
 @pytest.mark.parametrize("grid", [8, 12, 16, 24, 48])
 def test_grids_that_have_an_eighth_or_nearly_hold_checkerboards(grid):
     cfg = dataclasses.replace(Config(), mask="checkerboard", grid=grid)
-    runs.check_settings(cfg, OPTIONS, positions(cfg.image_size))
+    options.check_settings(cfg, OPTIONS, positions(cfg.image_size))
 
 
 @pytest.mark.parametrize("settings, option", [
