@@ -65,7 +65,7 @@ def patchcore_of(run, folder):
 
 def test_baselines_beside_a_run(tmp_path, monkeypatch, capsys):
     """Two seeds, and a third run whose photos are gone: it costs a line."""
-    render(tmp_path / "twin", "juice_bottle", {**dict.fromkeys(COUNTS, 5), "train": 8}, 64, 1)
+    render(tmp_path / "twin", "juice_bottle", {**dict.fromkeys(COUNTS, 5), "train": 8}, 64, 4)
     for seed in (0, 1):
         command("train", "--data", "twin", "--category", "juice_bottle", *QUICK, "--seed", seed,
                 "--out", f"runs/seed{seed}", cwd=tmp_path)
