@@ -1,5 +1,5 @@
-"""Damages images at random and feeds them to the loaders: an RGB image or an InputError of one
-line, nothing else.
+"""Damages images at random and feeds them to the loaders, as a photo of 8 and of 12 bits, as a mask
+and as one of MVTec LOCO's in a folder: a result or an InputError of one line, nothing else.
 
     python tests/fuzz.py --minutes 10 --seed 0
 """
@@ -80,6 +80,22 @@ def damage(whole: list[bytes], rng: random.Random) -> bytes:
     return bytes(content)
 
 
+def as_photo(path: Path, white: int = 0):
+    assert data.open_image(path, white).mode == "RGB"
+    assert data.load_image(path, 16, white).shape == (16, 16, 3)
+    [found] = data.find_images([path.parent])        # nothing in a folder stops the others
+    assert found == path and data.deeper([path], white).keys() <= {path}
+
+
+def as_mask(path: Path, defects=None):
+    for mask, area in data.load_regions(data.Photo(path, "c", "test", "bad", (path,)), defects):
+        assert mask.dtype == bool and mask.any() and 1 <= area <= mask.sum()
+
+
+USES = {"photo": as_photo, "12-bit photo": lambda path: as_photo(path, 4095), "mask": as_mask,
+        "LOCO mask": lambda path: as_mask(path, {255: (1.0, True), 128: (40, False)})}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=10)
@@ -93,21 +109,20 @@ def main():
         while time.monotonic() - start < 60 * args.minutes:
             content = damage(whole, rng)
             path.write_bytes(content)
-            try:
-                image = data.open_image(path)
-                assert image.mode == "RGB" and data.load_image(path, 16).shape == (16, 16, 3)
-                data.load_regions(data.Photo(path, "c", "test", "bad", (path,)), None)
-                counts["read"] += 1
-            except data.InputError as error:
-                assert str(path) in str(error) and len(str(error).splitlines()) == 1, str(error)
-                counts["refused"] += 1
-            except Exception:
-                Path("fuzz-failure.bin").write_bytes(content)
-                print(f"failed after {sum(counts.values())} files; the file is fuzz-failure.bin",
-                      flush=True)
-                raise
-    print(f"{sum(counts.values()):,} damaged files in {args.minutes:g} minutes: "
-          f"{counts['read']:,} read, {counts['refused']:,} refused")
+            counts["files"] += 1
+            for name, use in USES.items():
+                try:
+                    use(path)
+                    counts[f"{name}: read"] += 1
+                except data.InputError as error:
+                    assert str(path) in str(error) and len(str(error).splitlines()) == 1, str(error)
+                    counts[f"{name}: refused"] += 1
+                except Exception:
+                    Path("fuzz-failure.bin").write_bytes(content)
+                    print(f"{name}: failed after {counts['files']} files; the file is "
+                          "fuzz-failure.bin", flush=True)
+                    raise
+    print(f"{args.minutes:g} minutes; " + ", ".join(f"{name} {counts[name]:,}" for name in counts))
 
 
 if __name__ == "__main__":
