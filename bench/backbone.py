@@ -22,7 +22,7 @@ import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import runs  # noqa: E402
 import scores  # noqa: E402
-from bench.baselines import patchcore  # noqa: E402
+from bench.patchcore import patchcore  # noqa: E402
 from weights.teachers import INNER, Corpus, as_photo, linear_fit, load_teacher, look  # noqa: E402
 
 SIZE, CROPS = 224, 300                 # pixels a side of a photo; crops that a readout is fitted to

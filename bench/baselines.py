@@ -15,18 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ablations  # noqa: E402
 import data  # noqa: E402
-import efficientad  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ladmim  # noqa: E402
-import masked  # noqa: E402
 import runs  # noqa: E402
-from patchcore import patchcore, run as run_patchcore  # noqa: E402, F401
-from rival import Photos, megabytes, milliseconds  # noqa: E402
+from bench import ablations, efficientad, masked, patchcore  # noqa: E402
+from bench.rival import Photos, megabytes, milliseconds  # noqa: E402
 
 
 def ladmim_costs(photos: Photos) -> dict:
@@ -39,8 +35,8 @@ def ladmim_costs(photos: Photos) -> dict:
 
 # Name -> what is kept of it, of (photos, the most steps of its training).
 METHODS = {
-    "patchcore": lambda photos, steps: run_patchcore(photos, average=True),
-    "patches": lambda photos, steps: run_patchcore(photos, average=False),
+    "patchcore": lambda photos, steps: patchcore.run(photos, average=True),
+    "patches": lambda photos, steps: patchcore.run(photos, average=False),
     "smae": masked.run_smae, "maeday": masked.run_maeday, "efficientad": efficientad.run}
 
 

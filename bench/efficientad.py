@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from backbone import CHANNELS, STRIDE, build_pdn, extract, positions
 from eval import standardise
-from rival import Photos, Plan, as_input, fit, megabytes, milliseconds
+from bench.rival import Photos, Plan, as_input, fit, megabytes, milliseconds
 
 PLAN = Plan(steps=70_000, every=500, batch=2, lr=1e-4, weight_decay=1e-5)
 CROP = 96                               # pixels

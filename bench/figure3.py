@@ -13,16 +13,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ablations  # noqa: E402
-import baselines  # noqa: E402
 import data  # noqa: E402
-import efficientad  # noqa: E402
 import eval as evaluation  # noqa: E402
-import rival  # noqa: E402
 import runs  # noqa: E402
+from bench import ablations, baselines, efficientad, rival  # noqa: E402
 
 WIDTHS = (0.25, 0.5, 1, 2)
 COLOURS = ((30, 90, 200), (220, 110, 20))

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ladmim import Block
-from rival import Photos, Plan, as_input, fit, megabytes, milliseconds
+from bench.rival import Photos, Plan, as_input, fit, megabytes, milliseconds
 from runs import seeded
 
 SMAE = Plan(steps=20_000, every=250, batch=4, lr=5e-4, weight_decay=0.05)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from rival import Photos, megabytes, milliseconds
+from bench.rival import Photos, megabytes, milliseconds
 
 
 def neighbourhoods(x: torch.Tensor) -> torch.Tensor:

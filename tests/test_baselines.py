@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 import data
 import eval as evaluation
 import ladmim
-from bench import baselines
+from bench import baselines, patchcore
 from twin.render import COUNTS, render
 
 
@@ -22,7 +22,7 @@ def test_patchcore_against_a_plain_loop():
     scikit-learn."""
     rng = np.random.default_rng(0)
     h0 = torch.from_numpy(rng.normal(size=(9, 16, 24))).float()
-    scores, *_ = baselines.patchcore(lambda index: h0[index], torch.arange(5), torch.arange(5, 9),
+    scores, *_ = patchcore.patchcore(lambda index: h0[index], torch.arange(5), torch.arange(5, 9),
                                      share=1.0)
     square = h0.view(9, 4, 4, 24).numpy()
     seen = np.empty((9, 4, 4, 24))
@@ -45,7 +45,7 @@ def test_the_coreset_covers_the_memory_better_than_chance():
     """Two far-apart clusters, one of them rare: a tenth chosen greedily holds both."""
     h0 = torch.randn(4, 25, 8, generator=torch.Generator().manual_seed(0))
     h0[3, 12] += 100
-    scores, *_ = baselines.patchcore(lambda index: h0[index], torch.arange(4), torch.tensor([3]))
+    scores, *_ = patchcore.patchcore(lambda index: h0[index], torch.arange(4), torch.tensor([3]))
     assert scores[0] < 5
 
 
@@ -58,7 +58,7 @@ def patchcore_of(run, folder):
     images = data.load_images([photo.path for photo in photos], detector.cfg.image_size)
     h0, _ = detector.look(np.stack(list(images)))
     count = sum(photo.split == "train" for photo in photos)
-    scores, *_ = baselines.patchcore(lambda index: h0[index], torch.arange(count),
+    scores, *_ = patchcore.patchcore(lambda index: h0[index], torch.arange(count),
                                      torch.arange(count, len(h0)))
     return evaluation.aurocs(np.array([photo.kind for photo in photos[count:]]), scores)
 

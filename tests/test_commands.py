@@ -285,28 +285,28 @@ def test_training_ends_with_the_next_command_and_what_the_threshold_is_worth(tra
     assert command("predict", "photos/widgets/test", *shlex.split(rest), cwd=folder).returncode == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="pipes close in another way")
-def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
-    """As with `| head`: the first line is read, and nobody reads the others."""
-    photos = ["photos/widgets/test"] * 40            # more than the pipe and the buffers hold
+def predicting(folder):
+    """`predict` on more photos than a pipe and the buffers hold, once its first line is there."""
+    photos = ["photos/widgets/test"] * 40
     before = signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored behind a shell's &
     process = subprocess.Popen([sys.executable, "-u", ladmim.__file__, "predict", *photos, "--run",
-                                "run"], cwd=trained[0], text=True, stdout=subprocess.PIPE,
+                                "run"], cwd=folder, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     signal.signal(signal.SIGINT, before)
     assert process.stdout.readline().split()[0] in ("good", "anomaly")
+    return process
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="pipes close in another way")
+def test_predict_into_a_pipe_that_closes_ends_quietly(trained):
+    """As with `| head`: the first line is read, and nobody reads the others."""
+    process = predicting(trained[0])
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
 
 
 def test_predict_stopped_by_ctrl_c_is_one_line(trained):
-    photos = ["photos/widgets/test"] * 40
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)   # ignored behind a shell's &
-    process = subprocess.Popen([sys.executable, "-u", ladmim.__file__, "predict", *photos, "--run",
-                                "run"], cwd=trained[0], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
-    signal.signal(signal.SIGINT, before)
-    assert process.stdout.readline().split()[0] in ("good", "anomaly")
+    process = predicting(trained[0])
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == (
         "\nstopped; what is printed is done, and the same train command goes on from its last "

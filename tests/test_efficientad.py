@@ -1,16 +1,13 @@
 """bench/efficientad.py: its parts against scikit-learn, numpy and plain loops."""
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.covariance import LedoitWolf
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import efficientad  # noqa: E402
-from backbone import positions  # noqa: E402
-from runs import seeded  # noqa: E402
+from bench import efficientad
+from backbone import positions
+from runs import seeded
 
 
 @pytest.mark.parametrize("n, d", [(2, 5), (8, 30), (200, 3), (9, 1)])

@@ -1,18 +1,16 @@
 """bench/figure3.py: the curves lie where their numbers say, and are those of the runs."""
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import ablations  # noqa: E402
-import figure3  # noqa: E402
+from bench import ablations
+from bench import figure3
 
-import eval as evaluation  # noqa: E402
-import ladmim  # noqa: E402
-from twin.render import COUNTS, render  # noqa: E402
+import eval as evaluation
+import ladmim
+from twin.render import COUNTS, render
 
 
 def test_points_lie_where_their_numbers_say():

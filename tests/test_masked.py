@@ -1,14 +1,11 @@
 """bench/masked.py: SMAE's and MAEDAY's parts against plain loops."""
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import masked  # noqa: E402
-from runs import seeded  # noqa: E402
+from bench import masked
+from runs import seeded
 
 
 def small(channels=5, tokens=9):

@@ -1,15 +1,12 @@
 """bench/patchcore.py: the coreset and single patches against plain loops (more: test_baselines)."""
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import patchcore  # noqa: E402
-from runs import seeded  # noqa: E402
+from bench import patchcore
+from runs import seeded
 
 
 @pytest.mark.parametrize("rows, share", [(40, 0.25), (7, 1.0), (5, 0.1)])

@@ -1,14 +1,11 @@
 """bench/rival.py: a training that settles, stops, and goes on to the same bits."""
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-import data  # noqa: E402
-import rival  # noqa: E402
+import data
+from bench import rival
 
 
 @pytest.mark.parametrize("losses, expected", [
