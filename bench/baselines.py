@@ -45,7 +45,7 @@ def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
     folder = photos.scored_run.folder / "rivals"
     file, about = folder / f"{name}.json", {
         "photos": photos.paths, "scored": [photos.paths[i] for i in photos.scored.tolist()],
-        "steps asked for": steps}
+        "steps asked for": steps, "precision": photos.precision}
     if file.exists():
         try:
             kept = json.loads(evaluation.read_text(file))
@@ -53,7 +53,8 @@ def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
         except (ValueError, KeyError, TypeError):
             raise data.InputError(f"{file}: damaged; delete it") from None
         if not same:
-            raise data.InputError(f"{file}: is about other photos or --steps; delete it")
+            raise data.InputError(f"{file}: is about other photos, --steps or --precision; delete "
+                                  "it")
         return kept
     data.tell(data.printable(f"{photos.scored_run.folder}: {name}"))
     kept = {**method(photos, steps), "about": about}
@@ -80,7 +81,7 @@ def compare(folder: Path, ours: list[dict], args) -> list[dict]:
     """LADMIM's run and the rivals on its photos: a record a system and category. ours:
     `eval.evaluate`'s."""
     held = runs.lock(folder / "rivals")              # a second process would train the same
-    photos, records = Photos(evaluation.read_run(folder), args.cache), []
+    photos, records = Photos(evaluation.read_run(folder), args.cache, args.precision), []
     keys = ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP)
 
     def add(system: str, figures: dict, costs: dict):
@@ -222,6 +223,7 @@ def parse(argv):
     add("--preset", choices=ladmim.PRESETS, default="tiny", help="LADMIM's (default tiny)")
     add("--methods", type=method_list, default=list(METHODS), help=f"of {', '.join(METHODS)}; all")
     add("--steps", type=int, help="at most so many steps of each training")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the rivals' trainings")
     add("--cache", type=Path, default=Path("cache"), help="default: cache")
     args = parser.parse_args(argv)
     if args.steps is not None and args.steps < 1:

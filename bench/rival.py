@@ -29,8 +29,8 @@ class Photos:
     """A run's photos. They are numbered; train and scored hold the numbers of the training photos
     and of those that get a score, the validation photos first."""
 
-    def __init__(self, scored: evaluation.ScoredRun, cache: Path):
-        self.scored_run, self.cache = scored, cache
+    def __init__(self, scored: evaluation.ScoredRun, cache: Path, precision: str = "fp32"):
+        self.scored_run, self.cache, self.precision = scored, cache, precision
         self.metrics = runs.load_finished(scored.folder)["metrics"]
         root = Path(scored.config.get("root") or "")
         self.names, self.seed = sorted(set(scored.category.tolist())), scored.config["seed"]
@@ -136,15 +136,16 @@ def last_step(plan: Plan, since: int | None) -> int:
 
 def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> dict:
     """Trains the model, or goes on where it was stopped; saves it once a minute. A step's
-    randomness depends on its number alone, so the end is the same.
+    randomness depends on its number alone, so the end is the same. Steps and looks are computed in
+    the photos' precision.
 
     loss(batch, rng): of the photos numbered by batch; look(): the validation loss, and what else to
     keep of this step. -> "steps", "settled", "seconds" of the steps, "curve": what look() found.
     """
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.weight_decay)
     file = photos.scored_run.folder / "rivals" / f"{name}.pt"
-    state = {"plan": vars(plan), "paths": photos.paths, "step": 0, "settled": None, "seconds": 0.0,
-             "curve": []}
+    state = {"plan": vars(plan) | {"precision": photos.precision}, "paths": photos.paths,
+             "step": 0, "settled": None, "seconds": 0.0, "curve": []}
     if file.exists():
         held = runs.load_file(file, str(file))
         if any(held.get(key) != state[key] for key in ("plan", "paths")):
@@ -160,8 +161,9 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> 
         rng = runs.seeded(photos.seed, name, step)
         torch.manual_seed(rng.initial_seed())
         model.train()
-        found = loss(photos.train[torch.randint(len(photos.train), (plan.batch,), generator=rng)],
-                     rng)
+        batch = torch.randint(len(photos.train), (plan.batch,), generator=rng)
+        with runs.in_precision(photos.precision, photos.device):
+            found = loss(photos.train[batch], rng)
         optimizer.zero_grad()
         found.backward()
         optimizer.step()
@@ -169,7 +171,7 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> 
         state["step"] = step = step + 1
         if step % plan.every == 0 or step == last_step(plan, state["settled"]):
             model.eval()
-            with torch.inference_mode():
+            with torch.inference_mode(), runs.in_precision(photos.precision, photos.device):
                 validation, more = look()
             if not math.isfinite(validation):
                 raise data.InputError(f"{name}: the validation loss is {validation} at step {step}")

@@ -20,10 +20,11 @@ def test_the_last_twentieth_follows_where_it_settled():
     assert [rival.last_step(plan, since) for since in (None, 95, 500)] == [1000, 100, 527]
 
 
-def start(folder, steps=40, every=10):
+def start(folder, steps=40, every=10, precision="fp32"):
     """A linear model that learns to double its input, and how to train it."""
     (folder / "rivals").mkdir(exist_ok=True)
     photos = SimpleNamespace(train=torch.arange(8), seed=3, paths=["a", "b"],
+                             precision=precision, device=torch.device("cpu"),
                              scored_run=SimpleNamespace(folder=folder))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Dropout(0.2))
@@ -83,6 +84,26 @@ def test_a_training_of_other_settings_is_no_start(tmp_path):
     _, fit, _ = start(tmp_path)
     with pytest.raises(data.InputError, match="toy.pt.*delete it"):
         fit()
+
+
+def test_a_training_in_another_precision_is_no_start(tmp_path, monkeypatch):
+    now = iter(range(0, 10 ** 6, 100))                           # each step saves
+    monkeypatch.setattr(rival.time, "monotonic", lambda: next(now))
+    start(tmp_path)[1]()
+    _, fit, _ = start(tmp_path, precision="bf16")
+    with pytest.raises(data.InputError, match="toy.pt.*delete it"):
+        fit()
+
+
+def test_products_are_in_the_precision_asked_for(tmp_path):
+    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        (tmp_path / precision).mkdir()
+        model, fit, loss = start(tmp_path / precision, steps=20, precision=precision)
+        seen = []
+        model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        assert fit()["steps"] == 20
+        assert set(seen) == {kind}                               # in steps and in looks
+        assert all(w.dtype == torch.float32 for w in model.parameters())
 
 
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
