@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -82,8 +83,8 @@ def peak_memory(function, device: str) -> int:
 
 
 def measure(functions: dict, device: str, seconds: float) -> dict:
-    """Turns of one call each, so that a busy moment hits all alike.
-    -> name: median and spread in seconds, runs, memory."""
+    """Turns of one call each, so that a busy moment hits all alike, in another order each time:
+    what ran before has filled the caches. -> name: median and spread in seconds, runs, memory."""
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device == "cuda" else None
     times, memory = {}, {}
     for name, function in functions.items():
@@ -93,9 +94,9 @@ def measure(functions: dict, device: str, seconds: float) -> dict:
             times[name] = []
         except Exception as error:  # a compiler that is missing or does not fit
             data.tell(f"  {name}: not available ({type(error).__name__})")
-    start = time.perf_counter()
+    start, order = time.perf_counter(), random.Random(0)
     while time.perf_counter() - start < seconds or min(map(len, times.values())) < 5:
-        for name in times:
+        for name in order.sample(list(times), len(times)):
             times[name].append(once(functions[name], device, flush))
     result = {}
     for name, t in times.items():
