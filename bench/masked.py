@@ -49,7 +49,7 @@ class MaskedAutoencoder(nn.Module):
         for block in self.encoder:
             seen = block(seen)
         seen = self.narrow(seen)                                     # (B, V, narrow)
-        tokens = self.hidden.expand(*x.shape[:2], -1)
+        tokens = self.hidden.to(seen.dtype).expand(*x.shape[:2], -1)
         tokens = tokens.scatter(1, visible[..., None].expand_as(seen), seen)
         tokens = tokens + self.decoder_positions
         for block in self.decoder:

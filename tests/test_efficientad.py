@@ -7,7 +7,7 @@ from sklearn.covariance import LedoitWolf
 
 from bench import efficientad
 from backbone import positions
-from runs import seeded
+from runs import in_precision, seeded
 
 
 @pytest.mark.parametrize("n, d", [(2, 5), (8, 30), (200, 3), (9, 1)])
@@ -20,6 +20,22 @@ def test_puads_distance_is_mahalanobis_with_ledoit_and_wolfs_covariance(n, d):
     expected = [np.sqrt(off @ inverse @ off)
                 for off in x.double().numpy() - normal.double().numpy().mean(0)]
     assert np.allclose(efficientad.mahalanobis(x, normal), expected)
+
+
+def test_bfloat16_learns_nearly_the_same():
+    torch.manual_seed(0)
+    model, x = efficientad.EfficientAD(64), torch.randn(1, 3, 64, 64, generator=seeded(0))
+    side = positions(64)
+    teacher, losses = torch.randn(1, 384, side, side, generator=seeded(1)), []
+    for precision in ("fp32", "bf16"):
+        with in_precision(precision, x.device):
+            losses.append(model.loss(x, teacher, seeded(2)))
+            look = model.look(x, teacher)
+        assert [part.shape for part in look] == [(1, side, side), (1, side, side), (1, 384), (1,)]
+    losses[1].backward()
+    assert all(w.grad.isfinite().all() for w in model.parameters())
+    full, rough = (float(loss.detach()) for loss in losses)
+    assert rough != full and rough == pytest.approx(full, rel=0.02)
 
 
 def test_photos_that_are_all_alike_have_finite_distances():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bench import masked
-from runs import seeded
+from runs import in_precision, seeded
 
 
 def small(channels=5, tokens=9):
@@ -28,6 +28,20 @@ def test_hidden_tokens_are_never_seen():
         order = torch.tensor([[7, 0, 4], [2, 8, 1]])             # numbers, not places, count
         assert torch.allclose(model(x, order), before, atol=1e-6)
     assert (after[0] != before[0]).any(1).all() and torch.equal(after[1], before[1])
+
+
+def test_bfloat16_guesses_and_learns_nearly_the_same():
+    model, x = small(), torch.randn(2, 9, 5, generator=seeded(0))
+    visible, found = torch.tensor([[0, 4, 7], [8, 1, 2]]), []
+    for precision in ("fp32", "bf16"):
+        model.zero_grad()
+        with in_precision(precision, x.device):
+            guess = model(x, visible)
+        guess.float().square().mean().backward()
+        found.append((guess.float(), model.hidden.grad.clone()))
+    (guess, gradient), (rough, rough_gradient) = found
+    assert not torch.equal(guess, rough) and torch.allclose(guess, rough, atol=0.03)
+    assert torch.allclose(gradient, rough_gradient, atol=0.03 * float(gradient.abs().max()))
 
 
 @pytest.mark.parametrize("tokens", [16, 9, 2])
