@@ -102,7 +102,7 @@ def test_a_fault_changes_the_canvas_there_and_nowhere_else(category, fault, seed
     assert good.regions == [] and len(bad.regions) == 1
     region = np.asarray(bad.regions[0]) > 0
     reach = np.asarray(bad.regions[0].filter(ImageFilter.MaxFilter(7))) > 0
-    changed = np.abs(good.photo - bad.photo).max(-1) > 0.02
+    changed = np.abs(good.photo - bad.photo).max(0) > 0.02
     assert not (changed & ~reach).any() and (changed & region).sum() > 0.8 * region.sum()
 
 
