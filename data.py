@@ -215,7 +215,7 @@ def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
                 say(f"data: none given with --data, so the rendered twin of {name} is drawn")
                 try:
                     render(root, name)
-                except InputError as error:  # or another process was faster: it drew the same
+                except (OSError, ValueError) as error:   # or another process drew it meanwhile
                     if not (root / name).is_dir():
                         raise InputError(f"{error}; if the photos are yours, name the folder above "
                                          "theirs with --data") from None

@@ -134,7 +134,10 @@ def make_detector(cfg, device):
 
 def draw_photos(folder: Path, n: int, size: int) -> list[Path]:
     """n rendered photos of size x size pixels."""
-    render(folder, "breakfast_box", {"train": n}, size)
+    try:
+        render(folder, "breakfast_box", {"train": n}, size)
+    except OSError as error:
+        raise data.InputError(str(error)) from None
     return sorted(folder.glob("breakfast_box/train/good/*.png"))
 
 

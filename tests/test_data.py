@@ -349,7 +349,7 @@ def test_without_data_the_twin_is_drawn_once(tmp_path, monkeypatch, capsys):
     def render(root, name):
         drawn.append(name)
         if name == "nut":
-            raise data.InputError("--category nut: not one of the rendered")
+            raise ValueError("--category nut: not one of the rendered")
         (root / name / "train").mkdir(parents=True)
 
     monkeypatch.setattr(data, "render", render)

@@ -2,6 +2,9 @@
 import ast
 import configparser
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +31,7 @@ BELOW = {
     "bench": {"backbone", "bench", "data", "eval", "kernels", "ladmim", "options", "runs", "scores",
               "twin", "weights"},
     "kernels": {"kernels"},
-    "twin": {"console", "twin"},
+    "twin": {"twin"},
 }
 # Where ladmim.py computes the paper's equations; those of a group stand on one screen.
 EQUATIONS = [{"3": "quantise", "4": "quantise"}, {"5": "decode"}, {"7": "loss"},
@@ -90,6 +93,18 @@ def test_imports_go_one_way():
         top = name.partition(".")[0]
         foreign = {other.partition(".")[0] for other in used} - BELOW[top] - {top}
         assert not foreign, f"{name} imports {foreign}"
+
+
+@pytest.mark.parametrize("folder", ["twin", "kernels"])
+def test_a_folder_that_stands_alone_imports_nothing_else_of_ours(tmp_path, folder):
+    """Neither inside functions nor where the rest of the project is not there."""
+    names = [name for name in MODULES if name.partition(".")[0] == folder]
+    for name in names:
+        assert {other.partition(".")[0] for other in GRAPH[name]} <= {folder}, name
+    shutil.copytree(ROOT / folder, tmp_path / folder)
+    done = subprocess.run([sys.executable, "-c", f"import {', '.join(names)}"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_imports_in_a_circle():

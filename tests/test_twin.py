@@ -1,6 +1,7 @@
 """The rendered twin of MVTec LOCO: its layout, its ground truth, and what sets its photos apart."""
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -97,12 +98,12 @@ def test_a_threshold_in_pixels_grows_with_the_photo(tmp_path):
 def test_a_fault_changes_the_canvas_there_and_nowhere_else(category, fault, seed):
     """On a draw where the fault takes no random number that the good photo would get later."""
     good, bad = (drawing.Scene(np.random.default_rng(seed), 192) for _ in range(2))
-    render.SCENES[category](good)
-    render.SCENES[category](bad, fault)
+    render.SCENES[category].paint(good)
+    render.SCENES[category].paint(bad, fault)
     assert good.regions == [] and len(bad.regions) == 1
     region = np.asarray(bad.regions[0]) > 0
     reach = np.asarray(bad.regions[0].filter(ImageFilter.MaxFilter(7))) > 0
-    changed = np.abs(good.photo - bad.photo).max(-1) > 0.02
+    changed = np.abs(good.photo - bad.photo).max(0) > 0.02
     assert not (changed & ~reach).any() and (changed & region).sum() > 0.8 * region.sum()
 
 
@@ -119,7 +120,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
     (tmp_path / "pushpins").mkdir()
     (tmp_path / "pushpins" / "mine.txt").write_text("keep")
-    with pytest.raises(render.InputError, match="exists already"):
+    with pytest.raises(OSError, match="exists already"):
         render.render(tmp_path, "pushpins", COUNTS, size=96)
     assert [path.name for path in tmp_path.rglob("*")] == ["pushpins", "mine.txt"]
 
@@ -136,7 +137,7 @@ def test_what_another_process_has_drawn_meanwhile_is_used(tmp_path, monkeypatch)
 
 
 def test_an_unknown_category_is_named(tmp_path):
-    with pytest.raises(render.InputError, match="did you mean pushpins"):
+    with pytest.raises(ValueError, match="did you mean pushpins"):
         render.render(tmp_path, "pushpin", COUNTS)
 
 
@@ -171,13 +172,47 @@ def test_render_refuses_in_one_line(tmp_path, capsys, arguments, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("out, reason", [
+    ("drawn", "it exists already"), ("a\nb\udcff", "it exists already"),
+    ("drawn/pushpins", "File exists"), ("drawn/pushpins/deeper", "Not a directory")])
+def test_what_is_in_the_way_is_named_in_one_line(tmp_path, capsys, monkeypatch, out, reason):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("drawn", "a\nb\udcff"):
+        Path(folder).mkdir()
+        Path(folder, "pushpins").touch()
+    assert render.main(["--out", out, "--category", "pushpins"]) == 2
+    name = out.replace("\n", "\\n").replace("\udcff", "\\udcff")
+    assert capsys.readouterr().err == (
+        f"error: {name}/pushpins cannot be drawn: {reason}; name another folder\n")
+
+
+def test_data_turns_a_failure_into_one_line_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").touch()
+    for category, words in (("pushpin", "did you mean pushpins"), ("pushpins", "cannot be drawn")):
+        with pytest.raises(data.InputError, match=f"{words}.* with --data"):
+            data.find_data(None, category)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device")
+def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
+    counts = ["--train=2", "--validation=0", "--test-good=0", "--test-logical=0",
+              "--test-structural=0"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, render.__file__, "--out", tmp_path, "--size=64",
+                               "--category=pushpins", *counts], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == (
+        "error: standard output: cannot be written (No space left on device)\n")
+
+
 def test_a_failed_process_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(render, "ROOT", tmp_path)            # the processes find no package twin
     assert render.main(["--out", ".", "--category", "pushpins"]) == 2
     assert capsys.readouterr().err == (
-        "error: rendering pushpins failed (ModuleNotFoundError: No module named 'twin'); "
-        "nothing was written\n")
+        "error: pushpins cannot be drawn: ModuleNotFoundError: No module named 'twin'; "
+        "name another folder\n")
     assert not list(tmp_path.iterdir())
 
 

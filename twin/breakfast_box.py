@@ -1,12 +1,11 @@
 """breakfast_box: a tray. On the left lie two tangerines and one nectarine, in any order. On the
 right lies granola above; banana chips and almonds, mixed, lie below it."""
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from twin.drawing import (background, blob, box, circle, common, ellipse, minus, noise, patch,
                           polygon, scatter, soft, somewhere, stamp, stroke, turned, union)
 
-# Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
 LOGICAL = {"missing_fruit": 2500, "wrong_fruit": 2500, "extra_fruit": 2500, "sides_swapped": 0.5,
            "wrong_ratio": 0.5, "missing_chips": 0.5, "missing_almonds": 0.5, "cereal_below": 0.5,
            "cereal_beside": 0.5, "cereal_mixed": 0.5}
@@ -70,7 +69,7 @@ def nectarine(scene, centre):
     skin = ellipse(scene, centre, r * rng.uniform(0.95, 1.0), r, rng.uniform(0, 180), 0.02)
     colour = (0.50, 0.13, 0.11) * rng.normal(1, 0.04, 3)
     stamp(scene, skin, colour, 0.04, 8, bulge=0.8, gloss=0.2, shadow=0.35)
-    spot = centre + turned([(rng.uniform(0.02, 0.08), 0)], rng.uniform(0, 360))[0]
+    spot = turned((rng.uniform(0.02, 0.08), 0), rng.uniform(0, 360), centre)
     blush = common(soft(blob(scene, spot, 0.04, 0.09), 14), soft(skin, 6))
     stamp(scene, blush, (0.82, 0.62, 0.28), 0.1, 6, alpha=rng.uniform(0.2, 0.4))
     return skin
@@ -95,7 +94,7 @@ def heap(scene, kinds, centres):
         pen.polygon(inside, fill=tuple(light))
     layer = np.asarray(layer)
     painted = layer[..., 3] > 0
-    scene.photo[painted] = layer[painted, :3] / np.float32(255)
+    scene.photo[:, painted] = layer[painted, :3].T / np.float32(255)
 
 
 def spoil(scene, fault, bowl, floor, granola, skins):
@@ -160,10 +159,12 @@ def paint(scene, fault=None):
     order = {"cereal_below": -downward,
              "cereal_beside": x * rng.choice((-1, 1)) + y * rng.normal(0, 0.1),
              "cereal_mixed": noise(rng, side, side, side / 9)}.get(fault, downward)
-    usual = share = rng.normal(0.6, 0.02)
-    if fault == "wrong_ratio":
-        share += rng.choice((-1, 1)) * rng.uniform(0.15, 0.22)
+    share = rng.normal(0.6, 0.02)
     granola = portion(floor, order, share)       # the floor's pixels lowest in `order`
+    if fault == "wrong_ratio":
+        usual, off = granola, rng.choice((-1, 1)) * rng.uniform(0.15, 0.22)
+        granola = portion(floor, order, share + off)
+        scene.regions = [ImageChops.difference(usual, granola)]
     rest = minus(floor, granola)
     oats, mix = scatter(scene, granola, 0.0165), scatter(scene, rest, 0.034)
     heap(scene, [OAT] * len(oats), oats)
@@ -175,10 +176,7 @@ def paint(scene, fault=None):
         spoil(scene, fault, bowl, floor, granola, fruits["T"] + fruits["N"])
     elif fault in ("wrong_fruit", "extra_fruit"):
         scene.regions = [union(*fruits["T" if len(fruits["T"]) > 2 else "N"])]
-    elif fault == "wrong_ratio":
-        less, more = sorted((usual, share))
-        scene.regions = [minus(portion(floor, order, more), portion(floor, order, less))]
-    elif fault:
+    elif fault and fault != "wrong_ratio":
         regions = {"missing_fruit": [bowl], "sides_swapped": [bowl, room],
                    "missing_chips": [rest], "missing_almonds": [rest]}
         scene.regions = regions.get(fault, [granola, rest])

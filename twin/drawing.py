@@ -14,7 +14,7 @@ class Scene:
     rng: np.random.Generator
     side: int                    # of the canvas in pixels, twice the photo's
     mirrored: bool = False       # left is right
-    photo: np.ndarray = None     # (side, side, 3) float32, 0 to 1, stored as 3 planes
+    photo: np.ndarray = None     # (3, side, side) float32, 0 to 1
     regions: list = field(default_factory=list)      # the fault's ground truth, shapes
 
     def __post_init__(self):     # the camera is fixed, but for a pixel or two
@@ -22,13 +22,16 @@ class Scene:
 
     def pixels(self, points):
         """(..., 2) scene units -> (..., 2) canvas pixels."""
-        x, y = np.moveaxis(np.asarray(points, float), -1, 0)
-        return self.side * (np.stack([1 - x if self.mirrored else x, y], -1) + self.shift)
+        points = np.array(points, float)
+        if self.mirrored:
+            points[..., 0] = 1 - points[..., 0]
+        return self.side * (points + self.shift)
 
 
 def turned(points, angle, centre=(0, 0), squeeze=1):
-    """Points about the origin, turned by `angle` degrees and moved to `centre`. Our photos are
-    square. Where LOCO's is wider than high, `squeeze`, its height / width, shrinks x lengths."""
+    """(..., 2) points about the origin, turned by `angle` degrees and moved to `centre`. Our photos
+    are square. Where LOCO's is wider than high, `squeeze`, its height / width, shrinks x lengths.
+    """
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     return np.asarray(points) @ np.array([[c, s], [-s, c]]) * (squeeze, 1) + centre
 
@@ -58,11 +61,10 @@ def stroke(scene, width, *lines):
 
 def ellipse(scene, centre, rx, ry, angle=0.0, wobble=0.0):
     """Ellipse, or a natural blob where wobble (relative deviation of the radius) is not 0."""
-    t = np.linspace(0, 2 * math.pi, 64, endpoint=False)
-    r = np.ones_like(t)
+    t, r = np.linspace(0, 2 * math.pi, 64, endpoint=False), np.ones(64)
     for k in (2, 3, 5) if wobble else ():
         r += wobble / k * scene.rng.normal() * np.cos(k * t + scene.rng.uniform(0, 2 * math.pi))
-    outline = np.stack([rx * r, ry * r], 1) * circle(64)
+    outline = np.outer(r, (rx, ry)) * circle(64)
     return polygon(scene, turned(outline, angle, centre))
 
 
@@ -98,7 +100,7 @@ def soft(shape, radius):
 def scatter(scene, shape, pitch):
     """(n, 2) points inside a shape, about `pitch` apart, in random order."""
     rng, n = scene.rng, int(1.1 / pitch)
-    grid = np.stack(np.meshgrid(np.arange(n), np.arange(n)), -1).reshape(-1, 2)
+    grid = np.indices((n, n)).T.reshape(-1, 2)
     points = rng.permutation(grid + rng.uniform(-0.5, 0.5, grid.shape)) * pitch
     column, row = np.clip(scene.pixels(points), 0, scene.side - 1).astype(int).T
     return points[np.asarray(shape)[row, column] > 0]
@@ -113,24 +115,14 @@ def noise(rng, height, width, scale):
     """Smooth noise (height, width), standard deviation about 1, its blobs `scale` pixels wide."""
     rows, columns = int(height / scale) + 3, int(width / scale) + 3
     coarse = Image.fromarray(rng.normal(size=(rows, columns)).astype(np.float32))
-    fine = coarse.resize((math.ceil(columns * scale), math.ceil(rows * scale)),
-                         Image.Resampling.BICUBIC)
+    fine = coarse.resize((math.ceil(columns * scale), math.ceil(rows * scale)), Image.BICUBIC)
     return np.asarray(fine)[:height, :width]
 
 
 def background(scene, colour):
     """Fills the photo with one colour, three values, 0 to 1."""
-    scene.photo = np.empty((3, scene.side, scene.side), np.float32).transpose(1, 2, 0)
-    scene.photo[:] = colour
-
-
-def relief(shape, radius):
-    """A shape as a rounded body, its rim about `radius` pixels wide -> how much each place faces
-    the light from the upper left, and its height. 1 is the most."""
-    height = np.asarray(shape.filter(ImageFilter.GaussianBlur(radius)), np.float32) / 255
-    step = math.ceil(radius / 2)
-    around = np.pad(height, step, "edge")        # a wide step: the blur has only 256 heights
-    return 1.1 * (around[2 * step:, 2 * step:] - around[:-2 * step, :-2 * step]), height
+    planes = np.reshape(colour, (3, 1, 1))
+    scene.photo = np.full((3, scene.side, scene.side), planes, np.float32)
 
 
 def stamp(scene, shape, colour, grain=0.0, scale=4.0, bulge=0.0, gloss=0.0, shadow=0.0, alpha=1.0):
@@ -150,15 +142,18 @@ def stamp(scene, shape, colour, grain=0.0, scale=4.0, bulge=0.0, gloss=0.0, shad
     x1, y1 = min(bounds[2] + pad, scene.side), min(bounds[3] + pad, scene.side)
     h, w, shape = y1 - y0, x1 - x0, shape.crop((x0, y0, x1, y1))
     cover = np.asarray(shape, np.float32) / 255                      # (h, w)
-    here = scene.photo[y0:y1, x0:x1].transpose(2, 0, 1)              # (3, h, w), a view
+    here = scene.photo[:, y0:y1, x0:x1]                              # (3, h, w), a view
     if shadow:
         fallen = ImageChops.offset(shape, round(5 * unit), round(6 * unit))
         fallen = fallen.filter(ImageFilter.GaussianBlur(5 * unit))
         here *= 1 - shadow / 255 * np.asarray(fallen, np.float32) * (1 - cover)
     tone = 1 + grain * noise(scene.rng, h, w, scale * unit) if grain else np.ones((h, w), "f4")
-    if bulge or gloss:
+    if bulge or gloss:               # a rounded body; `lit`: how much it faces the upper left
         rim = max(1.5, min(bounds[2] - bounds[0], bounds[3] - bounds[1]) / 6)
-        lit, height = relief(shape, rim)
+        height = np.asarray(shape.filter(ImageFilter.GaussianBlur(rim)), np.float32) / 255
+        step = math.ceil(rim / 2)    # a wide one: the blur has only 256 heights
+        around = np.pad(height, step, "edge")
+        lit = 1.1 * (around[2 * step:, 2 * step:] - around[:-2 * step, :-2 * step])
         tone *= 1 + bulge * 0.8 * np.tanh(lit / 0.8)
     paint = tone * np.asarray(colour, np.float32)[:, None, None]
     if gloss:
@@ -179,7 +174,8 @@ def develop(scene, size):
     """Canvas -> photo: averaging down, the lens's blur, a per cent of exposure and white balance,
     sensor noise. Returns uint8 (size, size, 3) and the regions, bool (size, size) each."""
     rng = scene.rng
-    canvas = Image.fromarray((np.clip(scene.photo, 0, 1) * 255).astype(np.uint8))
+    canvas = (np.clip(scene.photo, 0, 1) * 255).astype(np.uint8)
+    canvas = Image.fromarray(np.moveaxis(canvas, 0, -1))
     small = canvas.resize((size, size), Image.Resampling.BOX)
     photo = np.asarray(small.filter(ImageFilter.GaussianBlur(0.75 * size / 512)), np.float32)
     photo = photo * rng.normal(1, 0.01) * rng.normal(1, 0.005, 3)

@@ -7,7 +7,6 @@ import numpy as np
 from twin.drawing import (background, box, circle, ellipse, minus, patch, polygon, stamp, stroke,
                           turned, union)
 
-# Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
 LOGICAL = {"wrong_icon": 0.5, "missing_icon": 0.5, "missing_label": 0.5, "swapped_labels": 0.5,
            "shifted_label": 0.5, "overfilled": 0.5, "underfilled": 0.5, "empty_bottle": 0.5,
            "two_icons": 720}
@@ -25,6 +24,7 @@ GLASS = np.array([                   # half width of the bottle, at a height
 LABELS = ((0.345, 0.165), (0.33, 0.082))         # width and height of the upper and the lower one
 ICON = 0.075, 0.045                              # half width and height of its area
 ICONS = {"missing_icon": [], "two_icons": [-0.075, 0.075]}       # where they are, instead of 0
+LEVELS = {"overfilled": (0.155, 0.18), "underfilled": (0.33, 0.48)}      # heights of the surface
 LETTERS = (-0.13, -0.1, -0.07, -0.035, 0.025, 0.05, 0.075, 0.1, 0.125)       # of "100% Juice"
 
 
@@ -34,19 +34,6 @@ def bottle_part(scene, inset, top=0.15):
     half, y = np.interp(y, GLASS[:, 1], GLASS[:, 0]) - inset, np.minimum(y, GLASS[-1, 1] - inset)
     left, right = np.stack([0.5 - half, y], 1), np.stack([0.5 + half, y], 1)
     return polygon(scene, [*left, *right[::-1]])
-
-
-def bottle(scene, colour, level):
-    """The bottle with juice of a colour up to a level, empty where that is None; returns its
-    screw thread."""
-    stamp(scene, bottle_part(scene, 0), (0.22, 0.22, 0.23))
-    stamp(scene, bottle_part(scene, 0.012), (0.075, 0.08, 0.085))
-    if level:
-        stamp(scene, bottle_part(scene, 0.016, level), colour, bulge=0.45)
-    thread = union(*(box(scene, (0.5, y), 0.335, 0.026, radius=0.011)
-                     for y in (0.085, 0.11, 0.135, 0.155)))
-    stamp(scene, thread, (0.17, 0.18, 0.20), bulge=0.5)
-    return thread
 
 
 def icon(scene, fruit, centre, angle):
@@ -109,14 +96,18 @@ def paint(scene, fault=None):
     colour = UNKNOWN[rng.integers(len(UNKNOWN))] if fault == "unknown_juice" else JUICES[juice]
     colour = colour * rng.normal(1, 0.015, 3)
     usual = level = rng.normal(0.228, 0.005)
-    if fault == "overfilled":
-        level = rng.uniform(0.155, 0.18)
-    elif fault == "underfilled":
-        level = rng.uniform(0.33, 0.48)
-    thread = bottle(scene, colour, None if fault == "empty_bottle" else level)
+    if fault in LEVELS:
+        level = rng.uniform(*LEVELS[fault])
+    stamp(scene, bottle_part(scene, 0), (0.22, 0.22, 0.23))          # the glass
+    stamp(scene, bottle_part(scene, 0.012), (0.075, 0.08, 0.085))
+    if fault != "empty_bottle":
+        stamp(scene, bottle_part(scene, 0.016, level), colour, bulge=0.45)
+    thread = union(*(box(scene, (0.5, y), 0.335, 0.026, radius=0.011)
+                     for y in (0.085, 0.11, 0.135, 0.155)))
+    stamp(scene, thread, (0.17, 0.18, 0.20), bulge=0.5)
     papers, odd = labels(scene, fault, juice)
 
-    if fault in ("overfilled", "underfilled"):
+    if fault in LEVELS:
         high, low = sorted((usual, level))
         scene.regions = [minus(bottle_part(scene, 0.016, high), bottle_part(scene, 0.016, low))]
     elif fault in ("empty_bottle", "unknown_juice"):

@@ -6,14 +6,12 @@ import numpy as np
 from twin.drawing import (background, box, common, minus, patch, polygon, stamp, stroke, turned,
                           union)
 
-# Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
-LOGICAL = {"missing_pushpin": 260, "additional_pushpin": 260, "moved_pushpin": 260,
-           "two_missing_pushpins": 260, "two_additional_pushpins": 260, "missing_divider": 0.5}
-STRUCTURAL = ("bent_pushpin", "broken_pushpin", "missing_needle", "wrong_colour", "foreign_body")
-
 # One number for each compartment that a fault hits: by how many its pins differ.
 PINS_OFF = {"missing_pushpin": [-1], "additional_pushpin": [1], "moved_pushpin": [-1, 1],
             "two_missing_pushpins": [-1, -1], "two_additional_pushpins": [1, 1]}
+LOGICAL = dict.fromkeys(PINS_OFF, 260) | {"missing_divider": 0.5}
+STRUCTURAL = ("bent_pushpin", "broken_pushpin", "missing_needle", "wrong_colour", "foreign_body")
+
 COLUMNS = (0.025, 0.21, 0.40, 0.59, 0.78, 0.97)          # where the walls stand
 ROWS = (0.06, 0.36, 0.655, 0.95)
 SQUEEZE = 0.59                                           # LOCO's photo: height / width
@@ -43,7 +41,7 @@ def pushpin(scene, low, high, taken, fault):
         scene.regions.append(shape)
     if fault == "bent_pushpin":
         bend = rng.choice((-1, 1)) * rng.uniform(50, 110)
-        needle[2] = needle[1] + turned([(0.055, 0)], bend)[0]
+        needle[2] = needle[1] + turned((0.055, 0), bend)
     if fault in ("bent_pushpin", "missing_needle"):
         scene.regions.append(stroke(scene, 0.03, put(needle)))
     if fault == "broken_pushpin":    # the head has snapped off
@@ -74,18 +72,16 @@ def clear_box(scene, fault):
 
 def paint(scene, fault=None):
     """Draws the box: a good one, or one with a fault of LOGICAL or STRUCTURAL."""
-    rng, count = scene.rng, np.ones(15, int)
+    rng = scene.rng
     background(scene, (0.045, 0.045, 0.055))
     clear_box(scene, fault)
     order = rng.permutation(15)      # a fault hits the first of these compartments
-    for cell, off in zip(order, PINS_OFF.get(fault, [])):
-        count[cell] += off
-    for cell in range(15):
-        row, column = divmod(cell, 5)
+    off = dict(zip(order, PINS_OFF.get(fault, [])))
+    for cell, (row, column) in enumerate(np.ndindex(3, 5)):
         low = np.array((COLUMNS[column], ROWS[row]))
         high = np.array((COLUMNS[column + 1], ROWS[row + 1]))
         taken, here = [], fault if cell == order[0] else None
-        pins = [pushpin(scene, low, high, taken, here) for _ in range(count[cell])]
+        pins = [pushpin(scene, low, high, taken, here) for _ in range(1 + off.get(cell, 0))]
         if not pins:
             scene.regions.append(box(scene, (low + high) / 2, 0.175, 0.28))
         if len(pins) > 1:

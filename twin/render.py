@@ -2,6 +2,7 @@
 
     python twin/render.py --out DIR [--category all|NAME,NAME] [--train N ...] [--size] [--seed]
 """
+import argparse
 import difflib
 import json
 import os
@@ -17,18 +18,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from console import InputError, Parser, run_command, say  # noqa: E402
 from twin import breakfast_box, juice_bottle, pushpins, screw_bag, splicing_connectors  # noqa: E402
 from twin.drawing import Scene, develop  # noqa: E402
 
-CATEGORIES = {"breakfast_box": breakfast_box, "juice_bottle": juice_bottle, "pushpins": pushpins,
-              "screw_bag": screw_bag, "splicing_connectors": splicing_connectors}
-SCENES = {name: category.paint for name, category in CATEGORIES.items()}
+SCENES = {"breakfast_box": breakfast_box, "juice_bottle": juice_bottle, "pushpins": pushpins,
+          "screw_bag": screw_bag, "splicing_connectors": splicing_connectors}
 COUNTS = {"train": 100, "validation": 30, "test_good": 40, "test_logical": 40,
           "test_structural": 40}             # photos by kind
 FOLDERS = {"train": "train/good", "validation": "validation/good", "test_good": "test/good",
-           "test_logical": "test/logical_anomalies",
-           "test_structural": "test/structural_anomalies"}
+           "test_logical": "test/logical_anomalies", "test_structural": "test/structural_anomalies"}
 RENDERED_MARK = "rendered.json"              # in a category folder: drawn, not photographed
 # Fresh interpreters draw: a pool would fork the caller's threads or import its program again.
 WORKER = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
@@ -38,27 +36,26 @@ WORKER = ("import json, sys; sys.path.insert(0, sys.argv[1]); "
 def check_category(category: str):
     if category not in SCENES:
         near = difflib.get_close_matches(category, SCENES, 1) or SCENES
-        raise InputError(f"--category {category}: unknown; did you mean {' or '.join(near)}?")
+        raise ValueError(f"--category {category}: unknown; did you mean {' or '.join(near)}?")
 
 
 def draw(category: str, kind: str, index: int, size: int, seed: int):
     """One photo of a kind of COUNTS -> uint8 (size, size, 3), its fault's regions, bool
     (size, size) each, and the fault or None. It depends on nothing but the arguments."""
-    check_category(category)
-    module, faults = CATEGORIES[category], [None]
-    if kind in ("test_logical", "test_structural"):
-        faults = list(module.LOGICAL if kind == "test_logical" else module.STRUCTURAL)
+    module = SCENES[category]
+    faults = {"test_logical": module.LOGICAL, "test_structural": module.STRUCTURAL}
+    faults = list(faults.get(kind, [None]))
     fault = faults[index % len(faults)]          # they take turns
     stream = zlib.crc32((category + FOLDERS[kind].replace("/", "")).encode())
     scene = Scene(np.random.default_rng([seed, stream, index]), 2 * size)
-    SCENES[category](scene, fault)
+    module.paint(scene, fault)
     return *develop(scene, size), fault
 
 
 def draw_share(folder: str, category: str, counts: dict[str, int], size: int, seed: int,
                share: int, shares: int):
     """Draws and writes every `shares`-th photo of a category, from number `share` on."""
-    faults = [*CATEGORIES[category].LOGICAL, *CATEGORIES[category].STRUCTURAL]
+    faults = [*SCENES[category].LOGICAL, *SCENES[category].STRUCTURAL]
     photos = [(kind, i) for kind, n in counts.items() for i in range(n)]
     for kind, i in photos[share::shares]:
         photo, regions, fault = draw(category, kind, i, size, seed)
@@ -71,7 +68,7 @@ def draw_share(folder: str, category: str, counts: dict[str, int], size: int, se
 
 
 def draw_all(*work):
-    """draw_share(*work, ...) in a process for each core. Raises RuntimeError where one fails."""
+    """draw_share(*work, ...) in a process for each core. Raises an OSError where one fails."""
     shares, workers = min(os.cpu_count() or 1, 16), []
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
@@ -81,7 +78,7 @@ def draw_all(*work):
         for worker in workers:
             lines = worker.communicate()[1].strip().split("\n")
             if worker.returncode:
-                raise RuntimeError(lines[-1] or f"exit code {worker.returncode}")
+                raise ChildProcessError(lines[-1] or f"exit code {worker.returncode}")
     finally:
         for worker in workers:
             worker.kill()
@@ -90,7 +87,7 @@ def draw_all(*work):
 
 def defects_config(category: str, size: int) -> list[dict]:
     """LOCO's defects_config.json: a mask's pixel value and where its defect saturates."""
-    config, module = [], CATEGORIES[category]
+    config, module = [], SCENES[category]
     for name, threshold in (module.LOGICAL | dict.fromkeys(module.STRUCTURAL, 1.0)).items():
         relative = threshold <= 1
         if not relative:                     # pixels of a 256 px photo
@@ -105,8 +102,9 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
     """Writes the rendered twin of one category, out/category, in MVTec LOCO's layout.
 
     counts: photos by kind; size: a photo's side in pixels. The same arguments give the same
-    pixels. The folder appears once it is complete. The presets were tuned on seed 0; the default
-    and the README's figures are seed 1.
+    pixels. The folder appears once it is complete. Raises ValueError for an unknown category and
+    OSError where it cannot be written, with a line that says why. The presets were tuned on seed 0;
+    the default and the README's figures are seed 1.
     """
     check_category(category)
     target = Path(out) / category
@@ -114,7 +112,7 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
             "note": "drawn by LADMIM's twin/render.py, not photographed"}
     try:
         if target.exists():
-            raise InputError(f"{target} exists already; remove it or give another --out")
+            raise FileExistsError("it exists already")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{category}-", dir=out) as unfinished:
             folder = Path(unfinished, category)
@@ -125,36 +123,53 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
             (folder / RENDERED_MARK).write_text(json.dumps(mark) + "\n")
             draw_all(str(folder), category, counts, size, seed)
             folder.rename(target)
-    except RuntimeError as error:
-        raise InputError(f"rendering {target} failed ({error}); nothing was written") from None
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror}; choose another --out"
-                         ) from None
+        reason = error.strerror or error
+        raise OSError(f"{target} cannot be drawn: {reason}; name another folder") from None
 
 
-def render_all(argv) -> int:
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def render_all(argv):
     """The command."""
     parser = Parser(prog="twin/render.py", description="Draws the rendered twin of MVTec LOCO.")
     parser.add_argument("--out", required=True, type=Path, help="will hold the category folders")
     parser.add_argument("--category", default="all", help=f"all, or some of {','.join(SCENES)}")
     for name, default in {**COUNTS, "size": 256, "seed": 1}.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=default, help=f"default {default}")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default,
+                            help="default %(default)s")
     args = parser.parse_args(argv)
     counts = {kind: getattr(args, kind) for kind in COUNTS}
     if args.train < 2 or args.size < 64 or min(args.seed, *counts.values()) < 0:
-        raise InputError("--train must be at least 2, --size 64, --seed and the other counts 0")
+        raise ValueError("--train must be at least 2, --size 64, --seed and the other counts 0")
     names = list(SCENES) if args.category == "all" else args.category.split(",")
     for name in names:
         check_category(name)
     for name in names:
         render(args.out, name, counts, args.size, args.seed)
-        say(f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in counts.items()))
-    return 0
+        print(f"{name}: " + ", ".join(f"{kind} {n}" for kind, n in counts.items()), flush=True)
 
 
 def main(argv=None) -> int:
-    return run_command(lambda: render_all(argv), "stopped; nothing unfinished was left behind")
+    """The command's exit code; what goes wrong is one line."""
+    try:
+        render_all(argv)
+        return 0
+    except KeyboardInterrupt:
+        code, line = 130, "\nstopped; nothing unfinished was left behind"
+    except (OSError, ValueError) as error:
+        code, line = 2, f"error: {error}"
+        if getattr(error, "errno", None):        # standard output's: `render`'s have no number
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)     # else Python tries again at exit
+            code = 141 if isinstance(error, BrokenPipeError) else 2
+            line = f"error: standard output: cannot be written ({error.strerror})"
+        # A name may hold line breaks, or bytes that are no UTF-8.
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    print(line, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

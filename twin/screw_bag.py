@@ -7,19 +7,17 @@ from PIL import Image
 from twin.drawing import (background, box, circle, common, ellipse, minus, noise, patch,
                           polygon, soft, stamp, stroke, turned, union)
 
-# Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
-LOGICAL = {"missing_washer": 220, "additional_washer": 220, "missing_nut": 260,
-           "additional_nut": 260, "missing_long_bolt": 800, "missing_short_bolt": 550,
-           "additional_bolt": 550, "two_long_bolts": 800, "two_short_bolts": 550}
+SWAPS = {        # a logical fault's threshold, the kind that is taken out, the kind that is put in
+    "missing_washer": (220, "washer", None), "additional_washer": (220, None, "washer"),
+    "missing_nut": (260, "nut", None), "additional_nut": (260, None, "nut"),
+    "missing_long_bolt": (800, "long_bolt", None), "missing_short_bolt": (550, "short_bolt", None),
+    "additional_bolt": (550, None, "short_bolt"),
+    "two_long_bolts": (800, "short_bolt", "long_bolt"),
+    "two_short_bolts": (550, "long_bolt", "short_bolt")}
+LOGICAL = {fault: threshold for fault, (threshold, _, _) in SWAPS.items()}
 STRUCTURAL = ("broken_part", "rusty_part", "wrong_thread_colour", "torn_bag", "stained_bag")
 
 GOOD = ("long_bolt", "short_bolt", "washer", "washer", "nut", "nut")
-SWAPS = {                            # the kind that is taken out, the kind that is put in
-    "missing_washer": ("washer", None), "additional_washer": (None, "washer"),
-    "missing_nut": ("nut", None), "additional_nut": (None, "nut"),
-    "missing_long_bolt": ("long_bolt", None), "missing_short_bolt": ("short_bolt", None),
-    "additional_bolt": (None, "short_bolt"), "two_long_bolts": ("short_bolt", "long_bolt"),
-    "two_short_bolts": ("long_bolt", "short_bolt")}
 SQUEEZE = 0.69                                           # LOCO's photo: height / width
 SHANK = {"long_bolt": 0.36, "short_bolt": 0.20}          # length in heights of the photo
 ROUND = {"washer": (circle(60) * 0.062, circle(60) * 0.042),     # outline, bore
@@ -56,13 +54,13 @@ def hardware(scene, kind, centre, angle, fault):
     end = SHANK.get(kind, 0) / 2     # a bolt's shank reaches from -end to end
     if end:
         shank = box(scene, centre, 2 * end, 0.042, angle, 0.01, SQUEEZE)
-        pieces = [shank, box(scene, put([(-end, 0)])[0], 0.05, 0.088, angle, 0.015, SQUEEZE)]
+        pieces = [shank, box(scene, put((-end, 0)), 0.05, 0.088, angle, 0.015, SQUEEZE)]
     else:
         outline, bore = (polygon(scene, put(points)) for points in ROUND[kind])
         pieces = [minus(outline, bore)]
     if fault == "broken_part":
         cut = rng.uniform(0.0, 0.1) - end if end else rng.uniform(-0.02, 0.02)
-        gone = box(scene, put([(cut - 0.2, 0)])[0], 0.4, 0.12, angle, 0.01, SQUEEZE)
+        gone = box(scene, put((cut - 0.2, 0)), 0.4, 0.12, angle, 0.01, SQUEEZE)
         scene.regions.append(common(union(*pieces), gone))
         pieces = [minus(piece, gone) for piece in pieces]
     if fault == "wrong_thread_colour":
@@ -97,7 +95,7 @@ def paint(scene, fault=None):
     rng = scene.rng
     background(scene, (0.03, 0.03, 0.032))
     bag(scene)
-    out, added = SWAPS.get(fault, (None, None))
+    _, out, added = SWAPS.get(fault, (None, None, None))
     kinds, taken, shapes = list(GOOD), [], []
     if out:
         kinds.remove(out)

@@ -7,7 +7,6 @@ import numpy as np
 from twin.drawing import (background, box, common, ellipse, minus, patch, stamp, stroke, turned,
                           union)
 
-# Fault: saturation threshold, up to 1 a share of the defect's area, else pixels of a 256 px photo.
 LOGICAL = {"wrong_cable_colour": 0.7, "unequal_connectors": 0.4, "wrong_cable_location": 0.5,
            "extra_cable": 0.5, "missing_cable": 700, "missing_connector": 0.8,
            "reversed_connector": 0.8, "loose_cable": 0.5}
@@ -27,7 +26,7 @@ def mesh(scene):
     x, y = 2 * np.pi / 0.075 * turns                         # (n,) each
     wave = np.cos(x) + np.cos(y)[:, None]
     wire = np.clip(1.2 - np.abs(wave + 0.08) / 0.52, 0, 1)   # (n, n), 1 on a wire, 0 in a hole
-    scene.photo *= (0.06 + 0.75 * wire * (1 + 0.25 * wave))[..., None]
+    scene.photo *= (0.06 + 0.75 * wire * (1 + 0.25 * wave))
 
 
 def connector(scene, centre, angle, side, clamps, fault):
@@ -36,7 +35,7 @@ def connector(scene, centre, angle, side, clamps, fault):
     orange, hit, gone = ORANGE * rng.normal(1, 0.02), rng.integers(clamps), None
 
     def piece(x, y, w, h):
-        shape = box(scene, put([(side * x, y)])[0], w, h, angle, 0.015, SQUEEZE)
+        shape = box(scene, put((side * x, y)), w, h, angle, 0.015, SQUEEZE)
         return minus(shape, gone) if gone else shape
 
     whole = piece(0, 0, 0.32, clamps * PITCH + 0.03)
@@ -44,7 +43,7 @@ def connector(scene, centre, angle, side, clamps, fault):
         return whole
     if fault == "broken_connector":  # a corner or an end of it
         spot = (side * rng.uniform(-0.15, 0.12), rng.choice((-1, 1)) * clamps * PITCH / 2)
-        gone = ellipse(scene, put([spot])[0], *rng.uniform(0.04, 0.07, 2), wobble=0.4)
+        gone = ellipse(scene, put(spot), *rng.uniform(0.04, 0.07, 2), wobble=0.4)
         scene.regions.append(common(whole, gone))
     housing = piece(-0.02, 0, 0.28, clamps * PITCH + 0.025)
     stamp(scene, housing, (0.62, 0.56, 0.54), bulge=0.4, shadow=0.6, alpha=0.7)
@@ -63,13 +62,11 @@ def connector(scene, centre, angle, side, clamps, fault):
 
 def cable_path(rng, places, clamps, rows):
     """(40, 2) points from the left clamp rows[0] to the right clamp rows[1], sagging a little."""
-    ends = []
-    for (centre, angle, side), n, row in zip(places, clamps, rows):
-        end = (side * 0.14, (row - (n - 1) / 2) * PITCH)
-        ends.append(turned([end], angle, centre, SQUEEZE)[0])
+    left, right = (turned((side * 0.14, (row - (n - 1) / 2) * PITCH), angle, centre, SQUEEZE)
+                   for (centre, angle, side), n, row in zip(places, clamps, rows))
     t = np.linspace(0, 1, 40)[:, None]
     sag = rng.normal(0.02, 0.004) * np.sin(np.pi * t) + rng.normal(0, 0.004) * np.sin(2 * np.pi * t)
-    return ends[0] + t * (ends[1] - ends[0]) + (0, 1) * sag
+    return left + t * (right - left) + (0, 1) * sag
 
 
 def cable(scene, path, colour, fault):
@@ -95,10 +92,8 @@ def paint(scene, fault=None):
     n, hit = int(rng.choice((2, 3, 5))), rng.integers(2)     # hit: the side with the fault
     row, other = rng.permutation(n)[:2]
     odd = int(rng.choice([m for m in CABLES if m != n]))
-    places = []                                              # (centre, angle, side) each
-    for x, y, side in ((0.19, 0.48, 1), (0.80, 0.50, -1)):
-        centre = (x, y) + rng.normal(0, 0.003, 2)
-        places.append((centre, rng.normal(0, 0.5), side))
+    places = [(middle + rng.normal(0, 0.003, 2), rng.normal(0, 0.5), side)
+              for middle, side in (((0.19, 0.48), 1), ((0.80, 0.50), -1))]   # centre, angle, side
     clamps = [n, n]
     if fault == "unequal_connectors":
         clamps[hit] = odd
