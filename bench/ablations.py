@@ -58,12 +58,9 @@ SHORTCUTS = ('rows "over test" LEAK: standardised over the whole test set; "flip
 
 def train(job: runs.Job) -> Path:
     """The folder of this run, trained unless it is there and finished."""
-    file = job.out / "checkpoint.pt"
-    if file.exists():
-        state = runs.load_checkpoint(file)
-        held = vars(ladmim.Config()) | state["config"]
-        if state["stage"] == "done" and vars(job.cfg).items() <= held.items():
-            return job.out
+    state = runs.begun_state(job, vars(ladmim.Config()))
+    if state and state["stage"] == "done":
+        return job.out
     options.check_settings(job.cfg, ladmim.OPTIONS, backbone.positions(job.cfg.image_size))
     data.tell(data.printable(str(job.out)))
     with contextlib.redirect_stdout(sys.stderr):     # standard output is the table's
@@ -84,8 +81,9 @@ def train_row(job: runs.Job, settings: dict) -> Path:
     return train(replace(job, cfg=replace(job.cfg, **settings), out=out, take=ordinary))
 
 
-def ablate(name: str, root: Path, categories: list[str], args) -> dict:
+def ablate(name: str, args) -> dict:
     """-> {row: [`eval.evaluate`'s records]} of one ablation."""
+    root, categories = data.find_data(args.data, args.category)
     usual, device = ladmim.Config(**ladmim.PRESETS[args.preset]), runs.pick_device(None)
     rows, whole = defaultdict(list), "all" if args.category == "all" else ",".join(categories)
     for label, settings in ABLATIONS[name].items():
@@ -138,33 +136,28 @@ def tables(name: str, rows: dict) -> list[tuple]:
     return found if theirs else found[:1]
 
 
-def parse(argv):
+def print_tables(argv) -> int:
     parser = data.Parser(prog="bench/ablations.py", description="The paper's ablations.")
-    parser.add_argument("name", choices=ABLATIONS)
-    parser.add_argument("--category", default="all")
-    parser.add_argument("--seeds", type=options.seed_list, default=[0],
-                        help="as in 0-4 (default 0)")
-    parser.add_argument("--preset", choices=ladmim.PRESETS, default="tiny")
-    parser.add_argument("--together", action="store_true", help="one model for all categories")
-    parser.add_argument("--mim-epochs", type=int, help="of the rows' ViT (default: the preset's)")
-    parser.add_argument("--data", help="the folder that holds the category folders")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
-    parser.add_argument("--json", type=Path, help="default: ablation-NAME.json in the runs' folder")
+    add = parser.add_argument
+    add("name", choices=ABLATIONS)
+    add("--category", default="all")
+    add("--seeds", type=options.seed_list, default=[0], help="as in 0-4 (default 0)")
+    add("--preset", choices=ladmim.PRESETS, default="tiny")
+    add("--together", action="store_true", help="one model for all categories")
+    add("--mim-epochs", type=int, help="of the rows' ViT (default: the preset's)")
+    add("--data", help="the folder that holds the category folders")
+    add("--runs", type=Path, default=Path("runs"), help="default: runs")
+    add("--json", type=Path, help="default: ablation-NAME.json in the runs' folder")
     args = parser.parse_args(argv)
     if args.together and args.name == "multi":
         raise data.InputError("--together: multi has a row for that; leave it out")
-    return args
-
-
-def print_tables(args) -> int:
-    root, categories = data.find_data(args.data, args.category)
-    rows = ablate(args.name, root, categories, args)
+    rows = ablate(args.name, args)
     return evaluation.publish(f"ablation-{args.name}", args, tables(args.name, rows), rows, [],
                               SHORTCUTS if args.name == "leak" else "")
 
 
 def main(argv=None) -> int:
-    return data.run_command(lambda: print_tables(parse(argv)))
+    return data.run_command(lambda: print_tables(argv))
 
 
 if __name__ == "__main__":

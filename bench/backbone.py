@@ -44,7 +44,7 @@ def judge(tokens: torch.Tensor, photos: list) -> dict[str, list[str]]:
     means = standardised(torch.arange(len(photos))).mean(1, keepdim=True)         # (n, 1, d)
     far = scores.distances(means[test], scores.whitening(means[train]))[:, 0].numpy()
     first, second = evaluation.aurocs(kinds, nearest), evaluation.aurocs(kinds, far)
-    return {kind: [f"{100 * figures[kind]:.1f}" for figures in (first, second)] for kind in first}
+    return {kind: [f"{100 * first[kind]:.1f}", f"{100 * second[kind]:.1f}"] for kind in first}
 
 
 def teacher_tokens(teacher, name: str, photos: list, args, device) -> torch.Tensor:
@@ -86,9 +86,8 @@ def explained(pdns, teachers, corpus: Corpus, device) -> list[list[float]]:
         for y in map(torch.cat, zip(*truth)):
             y = (y - y[:cut].mean(0)) / y[:cut].std(0).clamp(min=1e-6)
             weight, bias = linear_fit(rows[:cut].clone(), y[:cut], 1e-4)
-            missed = (rows[cut:] @ weight + bias - y[cut:]).square().sum()
-            shares[-1].append(1 - float(missed / y[cut:].var(0, correction=0).sum()
-                                        / len(y[cut:])))
+            missed = (rows[cut:] @ weight + bias - y[cut:]).square().mean(0).sum()
+            shares[-1].append(1 - float(missed / y[cut:].var(0, correction=0).sum()))
     return shares
 
 

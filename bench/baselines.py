@@ -25,10 +25,10 @@ from bench import ablations, efficientad, masked, patchcore  # noqa: E402
 from bench.rival import Photos, megabytes, milliseconds  # noqa: E402
 
 
-def ladmim_costs(photos: Photos) -> dict:
+def ladmim_costs(photos: Photos, steps: int | None) -> dict:
     """What is kept of LADMIM itself; its scores are in the run."""
-    detector = photos.ladmim
-    seconds = sum(one.get("seconds", 0) for one in photos.metrics if one["stage"] != "score")
+    detector, metrics = photos.ladmim, runs.load_finished(photos.scored_run.folder)["metrics"]
+    seconds = sum(one.get("seconds", 0) for one in metrics if one["stage"] != "score")
     return {"scores": {}, "train": seconds, "image": milliseconds(detector, photos),
             "megabytes": megabytes(detector.pdn, detector.hvq, detector.mim)}
 
@@ -38,14 +38,14 @@ METHODS = {
     "patchcore": lambda photos, steps: patchcore.run(photos, average=True),
     "patches": lambda photos, steps: patchcore.run(photos, average=False),
     "smae": masked.run_smae, "maeday": masked.run_maeday, "efficientad": efficientad.run}
+COSTS = ("train", "image", "megabytes", "steps", "settled", "curve")
 
 
 def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
     """What the method found on these photos: in RUN/rivals, or now."""
-    folder = photos.scored_run.folder / "rivals"
-    file, about = folder / f"{name}.json", {
-        "photos": photos.paths, "scored": [photos.paths[i] for i in photos.scored.tolist()],
-        "steps asked for": steps, "precision": photos.precision}
+    file = photos.scored_run.folder / "rivals" / f"{name}.json"
+    about = {"photos": photos.paths, "scored": [photos.paths[i] for i in photos.scored],
+             "steps asked for": steps, "precision": photos.precision}
     if file.exists():
         try:
             kept = json.loads(evaluation.read_text(file))
@@ -59,17 +59,17 @@ def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
     data.tell(data.printable(f"{photos.scored_run.folder}: {name}"))
     kept = {**method(photos, steps), "about": about}
     data.write_whole(file, json.dumps(kept).encode(errors="surrogatepass"), "free some space")
-    (folder / f"{name}.pt").unlink(missing_ok=True)          # its training is over
+    file.with_suffix(".pt").unlink(missing_ok=True)          # its training is over
     return kept
 
 
 def with_hvq(photos: Photos, scores) -> np.ndarray:
     """Table 6: scores plus S_HVQ, both standardised by the category's validation normals."""
-    run, scored = photos.scored_run, photos.scored.tolist()
-    s_hvq = dict(zip(run.path.tolist(), run.s_hvq.tolist()))
-    parts = np.array(scores), np.array([s_hvq[photos.paths[i]] for i in scored])
-    names = np.array([photos.photos[i].category for i in scored])
-    validation, total = np.arange(len(scored)) < len(photos.validation), np.zeros(len(scored))
+    run = photos.scored_run
+    s_hvq = dict(zip(run.path, run.s_hvq))
+    parts = np.array(scores), np.array([s_hvq[photos.paths[i]] for i in photos.scored])
+    names = np.array([photos.photos[i].category for i in photos.scored])
+    validation, total = np.arange(len(names)) < len(photos.validation), np.zeros(len(names))
     for name in photos.names:
         mine = names == name
         for part in parts:
@@ -81,28 +81,22 @@ def compare(folder: Path, ours: list[dict], args) -> list[dict]:
     """LADMIM's run and the rivals on its photos: a record a system and category. ours:
     `eval.evaluate`'s."""
     held = runs.lock(folder / "rivals")              # a second process would train the same
-    photos, records = Photos(evaluation.read_run(folder), args.cache, args.precision), []
-    keys = ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP)
-
-    def add(system: str, figures: dict, costs: dict):
-        for record in ours:
-            records.append({
-                "system": system, "both": figures[record["category"]],
-                **{key: costs.get(key) for key in ("train", "image", "megabytes", "steps",
-                                                   "settled", "curve")},
-                **{key: record[key] for key in keys}})
-
-    costs = keep(photos, "ladmim", lambda photos, steps: ladmim_costs(photos), None)
-    add("LADMIM", {record["category"]: record["both"] for record in ours}, costs)
+    photos = Photos(evaluation.read_run(folder), args.cache, args.precision)
+    costs = keep(photos, "ladmim", ladmim_costs, None)
+    found = [("LADMIM", {record["category"]: record["both"] for record in ours}, costs)]
     for name in args.methods:
         trains = name not in ("patchcore", "patches")
         kept = keep(photos, name, METHODS[name], args.steps if trains else None)
-        for number, (system, scores) in enumerate(kept["scores"].items()):
-            add(system, photos.aurocs(scores), kept if not number else {**kept, "curve": None})
+        for system, scores in kept["scores"].items():
+            found.append((system, photos.aurocs(scores), kept))
+            kept = {**kept, "curve": None}           # EfficientAD's is PUAD's, too: shown once
             if name in ("smae", "maeday"):
-                add(f"{system} + HVQ", photos.aurocs(with_hvq(photos, scores)), {})
+                found.append((f"{system} + HVQ", photos.aurocs(with_hvq(photos, scores)), {}))
     held.close()
-    return records
+    keys = ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP)
+    return [{"system": system, "both": figures[record["category"]],
+             **{key: costs.get(key) for key in COSTS}, **{key: record[key] for key in keys}}
+            for system, figures, costs in found for record in ours]
 
 
 # Tables
@@ -180,22 +174,21 @@ def reported_table(records: list[dict]) -> list[tuple]:
     first, paper = records[0], json.loads(data.REPORTED.read_text(encoding="utf-8"))
     if len(first["columns"]) == 1:
         return []
-    number = 2 if first["trained on"] == "each alone" else 3
-    name = f"table{number}_{'single' if number == 2 else 'multi'}_class"
+    alone = first["trained on"] == "each alone"
     known = sorted({record["category"] for record in records} & set(paper["categories"]))
-    rows, figures = [], paper[name]
+    rows, figures = [], paper["table2_single_class" if alone else "table3_multi_class"]
     for system in figures["overall"]:
         if not system.endswith("_std"):
             means = [figures[kind]["average"][system] for kind in evaluation.KINDS]
             rows.append([system, *map(percent, (*means, figures["overall"][system]))])
             rows[-1] += [[percent(figures[kind][one][system]) for kind in evaluation.KINDS]
                          for one in known]
-    for system, row in paper["table6_combined_with_hvq"].items() if number == 2 else ():
+    for system, row in paper["table6_combined_with_hvq"].items() if alone else ():
         if system != "note":
             rows.append([f"{system} (Table 6)", *(percent(row[c]) for c in first["columns"])])
             rows[-1] += [None] * len(known)
     note = "REFERENCE ONLY, not comparable with rendered data: " if first["rendered"] else ""
-    return [(f"{note}the paper's Table {number}, means of LOCO's five categories",
+    return [(f"{note}the paper's Table {2 if alone else 3}, means of LOCO's five categories",
              ["system", *first["columns"], *known], rows)]
 
 
@@ -204,13 +197,6 @@ def percent(figure: float) -> evaluation.Spread:
 
 
 # Command line
-
-def method_list(text: str) -> list[str]:
-    names = text.split(",")
-    if set(names) - METHODS.keys():
-        raise data.InputError(f"--methods {text}: choose from {', '.join(METHODS)}")
-    return names
-
 
 def parse(argv):
     parser = data.Parser(prog="bench/baselines.py", description="The paper's rivals beside LADMIM.")
@@ -221,7 +207,7 @@ def parse(argv):
     add("--multi", action="store_true", help="one model of all these categories, too (Table 3)")
     add("--seeds", type=runs.seed_list, default=[0], help="as in 0-4 (default 0)")
     add("--preset", choices=ladmim.PRESETS, default="tiny", help="LADMIM's (default tiny)")
-    add("--methods", type=method_list, default=list(METHODS), help=f"of {', '.join(METHODS)}; all")
+    add("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}; all")
     add("--steps", type=int, help="at most so many steps of each training")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the rivals' trainings")
     add("--cache", type=Path, default=Path("cache"), help="default: cache")
@@ -230,6 +216,9 @@ def parse(argv):
         raise data.InputError(f"--steps {args.steps}: must be 1 or more")
     if not args.category and (args.data or args.multi):
         raise data.InputError("--data and --multi need --category")
+    asked, args.methods = args.methods, args.methods.split(",")
+    if set(args.methods) - METHODS.keys():
+        raise data.InputError(f"--methods {asked}: choose from {', '.join(METHODS)}")
     return args
 
 

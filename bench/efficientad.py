@@ -89,10 +89,9 @@ def hardest(difference: torch.Tensor) -> torch.Tensor:
     return squares.topk(max(1, len(squares) // HARD)).values.mean()
 
 
-def quantiles(maps: torch.Tensor) -> tuple[float, float]:
+def quantiles(maps: torch.Tensor) -> list[float]:
     """maps (n, P, P) of the validation photos -> what becomes 0 and what becomes 0.1."""
-    low, high = torch.quantile(maps.double().flatten(), torch.tensor([LOW, HIGH]).double()).tolist()
-    return low, high
+    return torch.quantile(maps.double().flatten(), torch.tensor([LOW, HIGH]).double()).tolist()
 
 
 def photo_scores(local, wide, of_local, of_wide) -> torch.Tensor:
@@ -129,11 +128,13 @@ def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
     """-> what bench/baselines.py keeps of both methods."""
     torch.manual_seed(photos.seed)
     model = EfficientAD(photos.size, width).to(photos.device, memory_format=torch.channels_last)
-    plan = Plan(**vars(PLAN) | ({"steps": steps} if steps else {}))
     features, side, first = photos.everywhere, positions(photos.size), len(photos.validation)
 
+    def square(h0):                                  # (B, P * P, d0) -> (B, d0, P, P)
+        return h0.transpose(1, 2).unflatten(2, (side, side))
+
     def teacher(index):
-        return features.h0(index).transpose(1, 2).unflatten(2, (side, side))
+        return square(features.h0(index))
 
     def look_at(index):
         found = [model.look(photos.images(some), teacher(some)) for some in index.split(8)]
@@ -141,33 +142,31 @@ def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
 
     def scores_of(local, wide):
         normal = quantiles(local[:first]), quantiles(wide[:first])
-        return photo_scores(local, wide, *normal).tolist(), normal
+        return photo_scores(local, wide, *normal), normal
 
     def look():
         local, wide, _, rebuilt = look_at(photos.scored)
-        aurocs = photos.aurocs(scores_of(local, wide)[0])
         # All three: the global map alone grows while the autoencoder learns.
         loss = sum(float(part[:first].mean()) for part in (local, wide, rebuilt))
-        return loss, {"aurocs": aurocs}
+        return loss, {"aurocs": photos.aurocs(scores_of(local, wide)[0].tolist())}
 
-    trained = fit(photos, run_name(width), model, plan,
-                  lambda batch, rng: model.loss(photos.images(batch), teacher(batch), rng), look)
+    def loss(batch, rng):
+        return model.loss(photos.images(batch), teacher(batch), rng)
+
+    trained = fit(photos, run_name(width), model, PLAN, loss, look, steps)
     with torch.inference_mode():
         local, wide, vectors, _ = look_at(photos.scored)
         normal_vectors = look_at(photos.train)[2]
     efficientad, normal = scores_of(local, wide)
-    distances = mahalanobis(vectors, normal_vectors).numpy()
-    puad = sum(standardise(part, part[:first]) for part in (torch.tensor(efficientad).numpy(),
-                                                            distances))
+    puad = sum(standardise(part, part[:first]) for part in (
+        efficientad.numpy(), mahalanobis(vectors, normal_vectors).numpy()))
     pdn = photos.ladmim.pdn
 
     def judge(images):
-        h0 = (extract(pdn, torch.from_numpy(images).to(photos.device), side)
-              - features.mean) / features.std
-        local, wide, *_ = model.look(as_input(images, photos.device),
-                                     h0.transpose(1, 2).unflatten(2, (side, side)))
+        seen = extract(pdn, torch.from_numpy(images).to(photos.device), side)
+        h0 = (seen - features.mean) / features.std
+        local, wide, *_ = model.look(as_input(images, photos.device), square(h0))
         return photo_scores(local, wide, *normal)
 
-    return {"scores": {"EfficientAD-S": efficientad, "PUAD": puad.tolist()},
-            "train": trained["seconds"], "image": milliseconds(judge, photos),
-            "megabytes": megabytes(pdn, model), **trained}
+    return {"scores": {"EfficientAD-S": efficientad.tolist(), "PUAD": puad.tolist()}, **trained,
+            "image": milliseconds(judge, photos), "megabytes": megabytes(pdn, model)}

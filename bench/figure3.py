@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import ladmim  # noqa: E402
 import runs  # noqa: E402
 from bench import ablations, baselines, efficientad, rival  # noqa: E402
 
@@ -32,13 +33,12 @@ def mean_auroc(figures: list[dict]) -> float:
 
 def points(args) -> dict[str, list[tuple[float, float]]]:
     """Each system's (megabytes, AUROC in percent), narrowest first."""
-    root, categories = data.find_data(args.data, args.category)
-    rows, curves = ablations.ablate("width", root, categories, args), {}
+    rows, ours, theirs = ablations.ablate("width", args), [], []
     for records in rows.values():
-        detector = ablations.ladmim.load_detector(Path(records[0]["run"]), categories[0],
-                                                  runs.pick_device(None))
+        detector = ladmim.load_detector(Path(records[0]["run"]), records[0]["category"],
+                                        runs.pick_device(None))
         size = rival.megabytes(detector.pdn, detector.hvq, detector.mim)
-        curves.setdefault("LADMIM", []).append((size, mean_auroc([r["both"] for r in records])))
+        ours.append((size, mean_auroc([record["both"] for record in records])))
     ordinary = Path(rows["1 times the preset's mim_width"][0]["run"])
     lock = runs.lock(ordinary / "rivals")
     photos = rival.Photos(evaluation.read_run(ordinary), args.cache)
@@ -46,10 +46,9 @@ def points(args) -> dict[str, list[tuple[float, float]]]:
         kept = baselines.keep(photos, efficientad.run_name(width), lambda photos, steps:
                               efficientad.run(photos, steps, width), args.steps)
         figures = photos.aurocs(kept["scores"]["EfficientAD-S"])
-        curves.setdefault("EfficientAD-S", []).append((kept["megabytes"],
-                                                       mean_auroc(list(figures.values()))))
+        theirs.append((kept["megabytes"], mean_auroc(list(figures.values()))))
     lock.close()
-    return curves
+    return {"LADMIM": ours, "EfficientAD-S": theirs}
 
 
 def draw(curves: dict[str, list[tuple[float, float]]], title: str) -> Image.Image:
@@ -83,21 +82,18 @@ def draw(curves: dict[str, list[tuple[float, float]]], title: str) -> Image.Imag
     return sheet
 
 
-def parse(argv):
+def write(argv) -> int:
     parser = data.Parser(prog="bench/figure3.py", description="The paper's Figure 3 as a PNG.")
     add = parser.add_argument
     add("--category", default="all", help="a comma list or all: one model for all of them")
     add("--data", help="the folder that holds the category folders")
-    add("--preset", choices=ablations.ladmim.PRESETS, default="tiny", help="default: tiny")
+    add("--preset", choices=ladmim.PRESETS, default="tiny", help="default: tiny")
     add("--steps", type=int, help="at most so many steps of EfficientAD's training")
     add("--runs", type=Path, default=Path("runs"), help="default: runs")
     add("--cache", type=Path, default=Path("cache"), help="default: cache")
     add("--out", type=Path, help="default: figure3.png in the runs' folder")
     parser.set_defaults(together=True, mim_epochs=None, seeds=[0])
-    return parser.parse_args(argv)
-
-
-def write(args) -> int:
+    args = parser.parse_args(argv)
     curves, out, content = points(args), args.out or args.runs / "figure3.png", io.BytesIO()
     draw(curves, f"Figure 3, one model of {args.category}: AUROC %").save(content, "png")
     data.write_whole(out, content.getvalue(), "name another file")
@@ -108,7 +104,7 @@ def write(args) -> int:
 
 
 def main(argv=None) -> int:
-    return data.run_command(lambda: write(parse(argv)))
+    return data.run_command(lambda: write(argv))
 
 
 if __name__ == "__main__":

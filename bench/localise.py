@@ -21,7 +21,8 @@ from data import InputError  # noqa: E402
 
 MAPS = {"structural": "structural map", "logical": "logical map", "sum": "their sum"}
 SPRO_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
-SHOWN = ("pixel AUROC", "AUPRO", "sPRO 0.05")        # in the tables; all are in the JSON
+# In the tables, and how they are called there; all are in the JSON.
+SHOWN = {"pixel AUROC": "pixel AUROC", "AUPRO": "AUPRO to 30 % FPR", "sPRO 0.05": "sPRO to 5 % FPR"}
 
 
 # The figures
@@ -53,8 +54,11 @@ def components(mask) -> np.ndarray:
 
 
 def union(masks, shape) -> np.ndarray:
-    """masks: [(mask, saturation area)]."""
-    return np.logical_or.reduce([np.zeros(shape, bool), *(mask for mask, _ in masks)])
+    """masks: [(mask, saturation area)] -> bool of this shape."""
+    found = np.zeros(shape, bool)
+    for mask, _ in masks:
+        found[mask] = True
+    return found
 
 
 def defect_scores(photos):
@@ -64,8 +68,7 @@ def defect_scores(photos):
     for scores, masks in photos:
         defect = union(masks, scores.shape)
         pixels.append(scores[defect])
-        for mask, saturation in masks:
-            channels.append((scores[mask], saturation))
+        channels += [(scores[mask], saturation) for mask, saturation in masks]
         label = components(defect)[defect]
         order = np.argsort(label)
         starts = np.flatnonzero(np.diff(label[order], prepend=0))
@@ -110,19 +113,18 @@ def localisation(photos) -> dict[str, float]:
     rate of 0.3 (MVTec AD); sPRO, the mean saturated overlap of the ground-truth channels, up to
     each of SPRO_LIMITS (MVTec LOCO). A pixel is predicted where its score is above the threshold.
 
-    photos() -> iterator over (map (H, W), [(mask (H, W) bool, saturation area in pixels)]). It is
-    called twice, so that memory is bounded by the defects' pixels and one photo.
+    photos() -> iterator over (map (H, W), [(mask, saturation area in pixels)]), each mask (H, W)
+    bool, or where it is true, as np.nonzero has it. It is called twice, so that memory is bounded
+    by the defects' pixels and one photo.
     """
     pixels, channels, regions = defect_scores(photos())
     if not len(pixels):
         raise InputError("localisation needs photos with ground-truth masks")
     values = np.unique(pixels)
     rates = false_positive_rates(photos(), values)
-    figures = {"pixel AUROC": area([(pixels, len(pixels))], values, *rates, 1.0),
-               "AUPRO": area(regions, values, *rates, 0.3)}
-    for limit in SPRO_LIMITS:
-        figures[f"sPRO {limit:g}"] = area(channels, values, *rates, limit)
-    return figures
+    return {"pixel AUROC": area([(pixels, len(pixels))], values, *rates, 1.0),
+            "AUPRO": area(regions, values, *rates, 0.3),
+            **{f"sPRO {limit:g}": area(channels, values, *rates, limit) for limit in SPRO_LIMITS}}
 
 
 # Runs
@@ -143,62 +145,45 @@ def tested_photos(scored: evaluation.ScoredRun, category: str):
 
 
 def read_regions(photo: data.Photo, defects) -> tuple:
-    """-> the photo's height and width, and [(pixels, saturation area)] of its defects. Pixels are
-    numbers in the flattened photo: those of all photos fit into memory, and each is read once."""
+    """-> the photo's height and width, and [(mask, saturation area)] of its defects. Of a mask only
+    where it is true: so those of all photos fit into memory, and each is read once."""
     shape, regions = data.open_image(photo.path).size[::-1], []
     for mask, saturation in data.load_regions(photo, defects):
         if mask.shape != shape:
             raise InputError(f"{photo.masks[0]}: {mask.shape[1]} x {mask.shape[0]} pixels, its "
                              f"photo {shape[1]} x {shape[0]}; they must have the same size")
-        regions.append((np.flatnonzero(mask).astype(np.int32), saturation))
+        regions.append((tuple(np.argwhere(mask).astype(np.int32).T), saturation))
     return shape, regions
 
 
-def maps_and_masks(photos, found: dict, maps, name: str, image_size: int):
-    """Yields the map of this name and the masks of each photo, as `localisation` takes them.
-    found: path -> `read_regions`."""
-    for path in (photo.path for photo in photos):
-        shape, regions = found[path]
-        masks = []
-        for pixels, saturation in regions:
-            mask = np.zeros(shape, bool)
-            mask.ravel()[pixels] = True
-            masks.append((mask, saturation))
-        yield place(maps[path][name], image_size, *shape), masks
-
-
-def localise(scored: evaluation.ScoredRun, category: str) -> dict:
-    """-> {(map, kind): `localisation`} over the test photos of each kind and the good ones. Defects
-    with other names than LOCO's are one kind."""
+def localise(scored: evaluation.ScoredRun, record: dict) -> list[dict]:
+    """eval.py's record of a category -> a record a map and kind of defect: `localisation` over the
+    test photos of this kind and the good ones. Defects with other names than LOCO's are one kind.
+    """
+    category, found = record["category"], []
     root, photos, maps = tested_photos(scored, category)
     defects, size = data.load_defects(root, category), scored.config["image_size"]
     if any(photo.label and not photo.masks for photo in photos):
         raise InputError(f"{scored.folder}: {category} has anomalies without ground-truth masks; "
                          f"{data.MASK_NAMES}")
-    found = {photo.path: read_regions(photo, defects) for photo in photos}
-    figures, groups = {}, evaluation.anomaly_groups([photo.kind for photo in photos])
+    regions = [(photo, *read_regions(photo, defects)) for photo in photos]
+    groups = evaluation.anomaly_groups([photo.kind for photo in photos])
+    keys = ("run", "data", "rendered", "category", "seed", *evaluation.GROUP)
+    about = {key: record[key] for key in keys}
     for kind in [evaluation.ANY] if evaluation.ANY in groups else groups:
-        shown = [photo for photo in photos if photo.kind in ("good", *groups[kind])]
-        for name in MAPS:
-            figures[name, kind] = localisation(
-                lambda: maps_and_masks(shown, found, maps, name, size))
-    return figures
-
-
-def records_of(scored: evaluation.ScoredRun, record: dict) -> list[dict]:
-    """eval.py's record of a category -> a record a map and kind of defect."""
-    keys, found = ("run", "data", "rendered", "category", "seed", *evaluation.GROUP), []
-    for (name, kind), figures in localise(scored, record["category"]).items():
-        about = {key: record[key] for key in keys}
-        found.append(about | {"map": MAPS[name], "kind": kind, "figures": figures})
+        shown = [one for one in regions if one[0].kind in ("good", *groups[kind])]
+        for name, words in MAPS.items():
+            figures = localisation(
+                lambda: ((place(maps[photo.path][name], size, *shape), masks)
+                         for photo, shape, masks in shown))
+            found.append(about | {"map": words, "kind": kind, "figures": figures})
     return found
 
 
 def localisation_tables(found: list[dict]) -> list[tuple]:
     """A table a data set, a row a category, map and kind; mean and std over seeds."""
     tables, keys = [], ("category", *evaluation.GROUP, "map", "kind")
-    header = ["category", *evaluation.GROUP, "seeds", "kind", "map", "pixel AUROC",
-              "AUPRO to 30 % FPR", "sPRO to 5 % FPR"]
+    header = ["category", *evaluation.GROUP, "seeds", "kind", "map", *SHOWN.values()]
     for members in evaluation.grouped(found, "data", "rendered").values():
         rows = []
         for (*about, name, kind), same in evaluation.grouped(members, *keys).items():
@@ -208,22 +193,17 @@ def localisation_tables(found: list[dict]) -> list[tuple]:
     return tables
 
 
-# Command line
-
-def parse(argv):
+def print_tables(argv) -> int:
     parser = data.Parser(prog="bench/localise.py", description="Pixel AUROC, AUPRO and sPRO of "
                          "trained runs, against the ground-truth masks; some seconds a run.")
     evaluation.add_runs(parser)
-    return parser.parse_args(argv)
-
-
-def print_tables(args) -> int:
-    found, problems = evaluation.each_record(args, records_of)
+    args = parser.parse_args(argv)
+    found, problems = evaluation.each_record(args, localise)
     return evaluation.publish("localise", args, localisation_tables(found), found, problems)
 
 
 def main(argv=None) -> int:
-    return data.run_command(lambda: print_tables(parse(argv)))
+    return data.run_command(lambda: print_tables(argv))
 
 
 if __name__ == "__main__":

@@ -58,13 +58,15 @@ class MaskedAutoencoder(nn.Module):
 
 
 def hides(visible, tokens: int) -> torch.Tensor:
-    """visible (B, V) numbers of tokens -> (B, N), 1.0 where a token is hidden."""
-    return torch.ones(len(visible), tokens, device=visible.device).scatter(1, visible, 0.0)
+    """visible (B, V) numbers of tokens -> (B, N, 1), 1.0 where a token is hidden."""
+    hidden = torch.ones(len(visible), tokens, device=visible.device)
+    return hidden.scatter(1, visible, 0.0)[..., None]
 
 
-def token_error(guess: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(B, N, C) -> (B, N) squared error of each token, the channels' mean."""
-    return (guess - x).square().mean(-1)
+def token_error(guess: torch.Tensor, x: torch.Tensor, pixels: int = 1) -> torch.Tensor:
+    """(B, N, C) -> (B, N, pixels) squared error of each token or of its pixels, the channels'
+    mean."""
+    return (guess - x).square().unflatten(2, (-1, pixels)).mean(2)
 
 
 def splits(count: int, tokens: int, share: float, both: bool, generator) -> torch.Tensor:
@@ -77,7 +79,7 @@ def splits(count: int, tokens: int, share: float, both: bool, generator) -> torc
 
 
 def error_map(errors) -> torch.Tensor:
-    """errors: for each mask its error and where it hides, both (B, ...) -> (B, ...) the mean error
+    """errors: for each mask its error (B, N, ...) and where it hides -> (B, N, ...) the mean error
     of the masks that hide a place; 0 where none does."""
     total = count = 0
     for error, hidden in errors:
@@ -91,11 +93,10 @@ def patches(x: torch.Tensor) -> torch.Tensor:
     return F.pixel_unshuffle(x[..., :side, :side], PATCH).flatten(2).transpose(1, 2)
 
 
-def pixel_error(guess: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Patches (B, N, 768) -> (B, 16 g, 16 g) squared error of each pixel, the colours' mean."""
-    grid = round(x.shape[1] ** 0.5)
-    error = (guess - x).square().transpose(1, 2).unflatten(2, (grid, grid))
-    return F.pixel_shuffle(error, PATCH).mean(1)
+def put_together(pixels: torch.Tensor) -> torch.Tensor:
+    """Patches of one value a pixel (B, N, 256) -> (B, 16 g, 16 g)."""
+    grid = round(pixels.shape[1] ** 0.5)
+    return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, (grid, grid)), PATCH)[:, 0]
 
 
 def blurred(maps: torch.Tensor) -> torch.Tensor:
@@ -105,74 +106,59 @@ def blurred(maps: torch.Tensor) -> torch.Tensor:
     return F.conv2d(F.pad(maps[:, None], (3, 3, 3, 3), "reflect"), kernel[None, None])[:, 0]
 
 
-def train_and_score(photos: Photos, name: str, label: str, plan: Plan, inputs, channels: int,
-                    tokens: int, draw, maps, steps) -> dict:
-    """inputs(index) -> x (B, N, C), draw(n, rng) -> visible tokens, maps(model, x) -> (B, ...), the
-    map whose largest value is the score. -> what is kept of a rival, and judge(x) -> scores"""
+def train_and_score(photos: Photos, label: str, plan: Plan, steps: int | None, inputs, see,
+                    share: float, both: bool, count: int, pixels=1, finish=lambda maps: maps):
+    """inputs(index), see(images) -> x (B, N, C), of photos by their numbers and of any images;
+    share, both, count: of `splits`, count at scoring; pixels: of a token, each with an error of its
+    own; finish: `error_map` (B, N, pixels) -> the map whose largest value is the score. -> what
+    bench/baselines.py keeps."""
+    name, first = label.lower(), len(photos.validation)
+    tokens, channels = inputs(photos.train[:1]).shape[1:]
     torch.manual_seed(photos.seed)
     model = MaskedAutoencoder(channels, tokens).to(photos.device)
-    plan = Plan(**vars(plan) | ({"steps": steps} if steps else {}))
-    first = len(photos.validation)
+
+    def split(n, rng):
+        return splits(n, tokens, share, both, rng).to(photos.device)
+
+    masks = split(count, seeded(photos.seed, f"{name} scoring"))
 
     def loss(batch, rng):
-        x, visible = inputs(batch), draw(len(batch), rng).to(photos.device)
+        x, visible = inputs(batch), split(len(batch), rng)
         x = x.repeat_interleave(len(visible) // len(x), 0)           # SMAE: once for each half
         hidden = hides(visible, tokens)
         return (token_error(model(x, visible), x) * hidden).sum() / hidden.sum()
 
-    def found():
-        return torch.cat([maps(model, inputs(some)) for some in photos.scored.split(8)]).flatten(1)
+    def maps(x):
+        each = (mask.expand(len(x), -1) for mask in masks)
+        return finish(error_map((token_error(model(x, visible), x, pixels), hides(visible, tokens))
+                                for visible in each)).flatten(1)
+
+    def scored_maps():
+        return torch.cat([maps(inputs(some)) for some in photos.scored.split(8)])
 
     def look():
-        all_maps = found()
-        return float(all_maps[:first].mean()), {"aurocs": photos.aurocs(all_maps.amax(1).tolist())}
+        found = scored_maps()
+        return float(found[:first].mean()), {"aurocs": photos.aurocs(found.amax(1).tolist())}
 
-    trained = fit(photos, name, model, plan, loss, look)
+    trained = fit(photos, name, model, plan, loss, look, steps)
     with torch.inference_mode():
-        scores = found().amax(1).tolist()
-    return {"scores": {label: scores}, "train": trained["seconds"], **trained,
-            "megabytes": megabytes(model), "judge": lambda x: maps(model, x).flatten(1).amax(1)}
+        scores = scored_maps().amax(1).tolist()
+    return {"scores": {label: scores}, **trained, "megabytes": megabytes(model),
+            "image": milliseconds(lambda images: maps(see(images)).amax(1), photos)}
 
 
 def run_smae(photos: Photos, steps: int | None = None) -> dict:
     """-> what bench/baselines.py keeps of SMAE."""
-    tokens, detector = photos.ladmim.cfg.grid ** 2, photos.ladmim
-    pairs = splits(PAIRS, tokens, 0.5, True, seeded(photos.seed, "smae scoring"))
-
-    def one(model, x, visible):
-        return token_error(model(x, visible), x), hides(visible, tokens)
-
-    def maps(model, x):
-        return error_map(one(model, x, half.expand(len(x), -1)) for half in pairs.to(x.device))
-
-    kept = train_and_score(photos, "smae", "SMAE", SMAE, photos.features.h0,
-                           photos.features.mean.numel(), tokens,
-                           lambda n, rng: splits(n, tokens, 0.5, True, rng), maps, steps)
-    judge = kept.pop("judge")
-    kept["image"] = milliseconds(lambda images: judge(detector.look(images)[0]), photos)
+    detector = photos.ladmim
+    kept = train_and_score(photos, "SMAE", SMAE, steps, photos.features.h0,
+                           lambda images: detector.look(images)[0], 0.5, True, PAIRS)
     kept["megabytes"] += megabytes(detector.pdn)
     return kept
 
 
 def run_maeday(photos: Photos, steps: int | None = None) -> dict:
     """-> what bench/baselines.py keeps of MAEDAY."""
-    grid = photos.size // PATCH
-    tokens = grid ** 2
-    masks = splits(MASKS, tokens, VISIBLE, False, seeded(photos.seed, "maeday scoring"))
-
-    def one(model, x, visible):
-        hidden = hides(visible, tokens).view(-1, grid, grid)
-        hidden = hidden.repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
-        return pixel_error(model(x, visible), x), hidden
-
-    def maps(model, x):
-        return blurred(error_map(one(model, x, mask.expand(len(x), -1))
-                                 for mask in masks.to(x.device)))
-
-    kept = train_and_score(photos, "maeday", "MAEDAY", MAEDAY,
-                           lambda index: patches(photos.images(index)), 3 * PATCH ** 2, tokens,
-                           lambda n, rng: splits(n, tokens, VISIBLE, False, rng), maps, steps)
-    judge = kept.pop("judge")
-    kept["image"] = milliseconds(lambda images: judge(patches(as_input(images, photos.device))),
-                                 photos)
-    return kept
+    return train_and_score(
+        photos, "MAEDAY", MAEDAY, steps, lambda index: patches(photos.images(index)),
+        lambda images: patches(as_input(images, photos.device)), VISIBLE, False, MASKS,
+        PATCH ** 2, lambda maps: blurred(put_together(maps)))

@@ -8,7 +8,6 @@ tests/test_bench.py holds both sides to the same losses, codebooks and scores.
 """
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,14 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import backbone  # noqa: E402
-import data  # noqa: E402
-import ladmim  # noqa: E402
-import scores  # noqa: E402
-from runs import seeded  # noqa: E402
-from twin.render import render  # noqa: E402
+import backbone
+import data
+import ladmim
+import scores
+from runs import seeded
+from twin.render import render
 
 
 # The long way

@@ -37,9 +37,9 @@ SIDE = 128                                           # pixels of a thumbnail's l
 
 # Parts of the page
 
-def picture(image: Image.Image, words: str, kind: str = "png") -> str:
+def picture(image: Image.Image, words: str, kind: str = "jpeg") -> str:
     content = io.BytesIO()
-    image.save(content, kind, quality=75)            # PNG has no quality
+    image.save(content, kind)
     text = base64.b64encode(content.getvalue()).decode()
     return (f'<img loading="lazy" width="{image.width}" height="{image.height}" '
             f'alt="{html.escape(words)}" src="data:image/{kind};base64,{text}">')
@@ -105,19 +105,19 @@ def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], fl
     total, _, normals = evaluation.total_scores(scored, category)
     threshold, judged = evaluation.threshold(total[normals]), []
     score = {root / path: value for path, value in zip(scored.path, total)}
-    for photo in photos:
-        value, name = score[photo.path], f"{photo.kind}/{photo.path.name}"
-        judged.append(Judged(photo.path, name, photo.label, value, value > threshold,
-                             maps[photo.path]))
-    return sorted(judged, key=lambda photo: -photo.score), threshold
+    for photo in sorted(photos, key=lambda photo: -score[photo.path]):
+        path, value = photo.path, score[photo.path]
+        judged.append(Judged(path, f"{photo.kind}/{path.name}", photo.label, value,
+                             value > threshold, maps[path]))
+    return judged, threshold
 
 
 def card(photo: Judged, rank: int, detector: ladmim.Detector) -> str:
     small = photo.thumbnail(detector.white)
-    pictures = [picture(small, "photo", "jpeg")]
+    pictures = [picture(small, "photo")]
     for name in ("structural", "logical"):
         heat = overlay(small, photo.maps[name], detector.cfg.image_size)
-        pictures.append(picture(heat, f"{name} map", "jpeg"))
+        pictures.append(picture(heat, f"{name} map"))
     verdict = "anomaly" if photo.flagged else "good"
     return figure(pictures, f"{rank}. {photo.name}: {photo.score:.2f}, {verdict}",
                   photo.flagged != bool(photo.label), three=True)
@@ -136,36 +136,32 @@ def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
     masked = Image.composite(Image.new("RGB", small.size, "black"), small,
                              dark.resize(small.size, Image.Resampling.NEAREST))
     heat = overlay(small, photo.maps["sum"], cfg.image_size)
-    pictures = [picture(small, "photo", "jpeg"), picture(heat, "heat map", "jpeg"),
-                picture(masked, "the mask that saw most", "jpeg")]
+    pictures = [picture(small, "photo"), picture(heat, "heat map"),
+                picture(masked, "the mask that saw most")]
     if cfg.target == "histogram":
         p = output[0, worst].softmax(-1).numpy()     # (L, K)
         q = [np.bincount(level[mask], minlength=cfg.codes) for level in codes[0].numpy()]
-        pictures.append(picture(histogram_plot(p, np.array(q) / mask.sum()), "histograms"))
+        plot = histogram_plot(p, np.array(q) / mask.sum())
+        pictures.append(picture(plot, "histograms", "png"))
     return figure(pictures, caption)
-
-
-def mistakes(detector: ladmim.Detector, judged: list[Judged], threshold: float) -> list[str]:
-    """The three lowest anomalies that were missed, the three highest false alarms."""
-    missed = [photo for photo in reversed(judged) if photo.label and not photo.flagged]
-    alarms = [photo for photo in judged if photo.flagged and not photo.label]
-    figures = []
-    for words, photos in (("missed", missed[:3]), ("false alarm", alarms[:3])):
-        for photo in photos:
-            caption = f"{words}: {photo.name}, score {photo.score:.2f} against {threshold:.2f}"
-            figures.append(mistake(detector, photo, caption))
-    return figures
 
 
 @torch.inference_mode()
 def category_section(scored: evaluation.ScoredRun, category: str) -> str:
+    """The three lowest anomalies that were missed, the three highest false alarms, all photos."""
     judged, threshold = judge(scored, category)
-    good, bad = ([photo.flagged for photo in judged if photo.label == label] for label in (0, 1))
-    detector = ladmim.load_detector(scored.folder, category, torch.device("cpu"))
+    missed = [photo for photo in reversed(judged) if photo.label and not photo.flagged]
+    alarms = [photo for photo in judged if photo.flagged and not photo.label]
+    bad = sum(photo.label for photo in judged)
+    detector, mistakes = ladmim.load_detector(scored.folder, category, torch.device("cpu")), []
+    for words, photos in (("missed", missed[:3]), ("false alarm", alarms[:3])):
+        for photo in photos:
+            caption = f"{words}: {photo.name}, score {photo.score:.2f} against {threshold:.2f}"
+            mistakes.append(mistake(detector, photo, caption))
     cards = [card(photo, rank, detector) for rank, photo in enumerate(judged, 1)]
-    return (f"<p>At the threshold {threshold:.2f}, {sum(good)} of {len(good)} good photos are "
-            f"flagged, {len(bad) - sum(bad)} of {len(bad)} anomalies missed.</p>"
-            f"<h3>Worst mistakes</h3>{grid(mistakes(detector, judged, threshold))}"
+    return (f"<p>At the threshold {threshold:.2f}, {len(alarms)} of {len(judged) - bad} good "
+            f"photos are flagged, {len(missed)} of {bad} anomalies missed.</p>"
+            f"<h3>Worst mistakes</h3>{grid(mistakes)}"
             f"<details><summary>All {len(judged)} test photos by score: photo, structural map, "
             f"logical map; wrong verdicts framed</summary>{grid(cards)}</details>")
 
@@ -194,13 +190,10 @@ def page(records: list[dict]) -> str:
     return text.replace("{protocol}", protocol).replace("{body}", "".join(body))
 
 
-def parse(argv):
+def write(argv) -> int:
     parser = data.Parser(prog="bench/report.py", description="Draws runs as one HTML file.")
     evaluation.add_runs(parser, "--out")
-    return parser.parse_args(argv)
-
-
-def write(args) -> int:
+    args = parser.parse_args(argv)
     records, problems = evaluation.evaluate_runs(evaluation.chosen_runs(args))
     file = args.out or args.runs / "report.html"
     evaluation.write_report(file, page(records), MARK)
@@ -209,7 +202,7 @@ def write(args) -> int:
 
 
 def main(argv=None) -> int:
-    return data.run_command(lambda: write(parse(argv)))
+    return data.run_command(lambda: write(argv))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ and keeps what it found in RUN/rivals: METHOD.json once it is done, METHOD.pt wh
 from __future__ import annotations
 
 import math
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,13 +15,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import backbone  # noqa: E402
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import ladmim  # noqa: E402
-import runs  # noqa: E402
+import backbone
+import data
+import eval as evaluation
+import ladmim
+import runs
 
 
 class Photos:
@@ -31,14 +28,11 @@ class Photos:
 
     def __init__(self, scored: evaluation.ScoredRun, cache: Path, precision: str = "fp32"):
         self.scored_run, self.cache, self.precision = scored, cache, precision
-        self.metrics = runs.load_finished(scored.folder)["metrics"]
         root = Path(scored.config.get("root") or "")
         self.names, self.seed = sorted(set(scored.category.tolist())), scored.config["seed"]
         self.ladmim = ladmim.load_detector(scored.folder, self.names[0], runs.pick_device(None))
         self.size, self.device = self.ladmim.cfg.image_size, self.ladmim.mean.device
-        found = []
-        for name in self.names:
-            found += data.find_photos(root, name, self.seed)
+        found = [photo for name in self.names for photo in data.find_photos(root, name, self.seed)]
         self.features, self.photos = self.look(found, self.ladmim.cfg.grid)
         self.paths = [photo.path.relative_to(root).as_posix() for photo in self.photos]
         train, self.validation, test = (
@@ -76,10 +70,10 @@ class Photos:
 
     def aurocs(self, scores) -> dict[str, dict]:
         """scores, one for each of `scored` -> each category's AUROCs."""
-        test = [self.photos[i] for i in self.scored.tolist()][len(self.validation):]
+        first = len(self.validation)
+        test, scores = [self.photos[i] for i in self.scored[first:]], np.array(scores[first:])
         kinds, names = (np.array([getattr(photo, key) for photo in test])
                         for key in ("kind", "category"))
-        scores = np.asarray(scores)[len(self.validation):]
         return {name: evaluation.aurocs(kinds[names == name], scores[names == name])
                 for name in self.names}
 
@@ -92,9 +86,8 @@ def as_input(images: np.ndarray, device) -> torch.Tensor:
 
 def megabytes(*parts) -> float:
     """Of models and tensors, four bytes a number."""
-    count = sum(part.numel() if torch.is_tensor(part) else sum(w.numel() for w in part.parameters())
-                for part in parts)
-    return 4e-6 * count
+    tensors = [[part] if torch.is_tensor(part) else part.parameters() for part in parts]
+    return 4e-6 * sum(tensor.numel() for of_part in tensors for tensor in of_part)
 
 
 def milliseconds(judge, photos: Photos, most: int = 32) -> float:
@@ -134,14 +127,16 @@ def last_step(plan: Plan, since: int | None) -> int:
     return min(plan.steps, math.ceil(since / 0.95)) if since else plan.steps
 
 
-def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> dict:
-    """Trains the model, or goes on where it was stopped; saves it once a minute. A step's
-    randomness depends on its number alone, so the end is the same. Steps and looks are computed in
-    the photos' precision.
+def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look,
+        steps: int | None = None) -> dict:
+    """Trains the model by the plan, at most so many steps, or goes on where it was stopped; saves
+    it once a minute. A step's randomness depends on its number alone, so the end is the same. Steps
+    and looks are computed in the photos' precision.
 
     loss(batch, rng): of the photos numbered by batch; look(): the validation loss, and what else to
-    keep of this step. -> "steps", "settled", "seconds" of the steps, "curve": what look() found.
+    keep of this step. -> "steps", "settled", "train": their seconds, "curve": what look() found.
     """
+    plan = replace(plan, steps=steps or plan.steps)
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.weight_decay)
     file = photos.scored_run.folder / "rivals" / f"{name}.pt"
     state = {"plan": vars(plan) | {"precision": photos.precision}, "paths": photos.paths,
@@ -153,9 +148,10 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> 
         state = held
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    progress, saved = runs.Progress(name, plan.steps, "steps", state["step"]), time.monotonic()
-    while state["step"] < (end := last_step(plan, state["settled"])):
-        progress.total, began, step = end, time.monotonic(), state["step"]
+    end, saved = last_step(plan, state["settled"]), time.monotonic()
+    progress = runs.Progress(name, end, "steps", state["step"])
+    while state["step"] < end:
+        began, step = time.monotonic(), state["step"]
         late = step >= (state["settled"] or 0.95 * plan.steps)
         optimizer.param_groups[0]["lr"] = plan.lr * (0.1 if late else 1.0)
         rng = runs.seeded(photos.seed, name, step)
@@ -169,7 +165,7 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> 
         optimizer.step()
         state["seconds"] += time.monotonic() - began
         state["step"] = step = step + 1
-        if step % plan.every == 0 or step == last_step(plan, state["settled"]):
+        if step % plan.every == 0 or step == end:
             model.eval()
             with torch.inference_mode(), runs.in_precision(photos.precision, photos.device):
                 validation, more = look()
@@ -179,7 +175,7 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> 
             losses = [one["loss"] for one in state["curve"]]
             if not state["settled"] and step < plan.steps and settled(losses):
                 state["settled"] = step
-                progress.total = last_step(plan, step)
+                end = progress.total = last_step(plan, step)
         if time.monotonic() - saved > 60:
             state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             runs.save_tensors(file, state)
@@ -187,5 +183,5 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look) -> 
         note = f"validation loss {state['curve'][-1]['loss']:.4g}" if state["curve"] else ""
         progress(step, note)
     model.eval()
-    return {"steps": state["step"], "settled": bool(state["settled"]),
-            "seconds": state["seconds"], "curve": state["curve"]}
+    return {"steps": state["step"], "settled": bool(state["settled"]), "train": state["seconds"],
+            "curve": state["curve"]}

@@ -79,7 +79,8 @@ def test_patches_and_their_errors_lie_where_the_pixels_are():
         assert torch.equal(cut[:, number], square.flatten(1))
     guess = torch.zeros_like(cut)
     expected = x[:, :, :32, :32].square().mean(1)
-    assert torch.allclose(masked.pixel_error(guess, cut), expected)
+    errors = masked.token_error(guess, cut, 256)
+    assert torch.allclose(masked.put_together(errors), expected)
 
 
 def test_the_blur_is_a_gaussian():

@@ -29,6 +29,7 @@ import data  # noqa: E402
 from data import InputError  # noqa: E402
 
 FOLDER, ZOOM = "package/dist/models/inception_v3/", 299 / 224
+MAPS = ("mixed2", "mixed5")
 
 
 def read_package(package: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
@@ -141,30 +142,27 @@ class Teacher(nn.Module):
         return found
 
 
-def convert(package: Path, out: Path, maps=("mixed2", "mixed5")) -> int:
-    graph = Graph(*read_package(package), maps).eval().requires_grad_(False)
-    geometry = [graph.geometry[name] for name in maps]
+def convert(argv) -> int:
+    parser = data.Parser(prog="weights/convert_inception.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("package", type=Path, help="nsfwjs-4.3.0.tgz")
+    parser.add_argument("--out", type=Path, default=Path("inception.pt"))
+    args = parser.parse_args(argv)
+    graph = Graph(*read_package(args.package), MAPS).eval().requires_grad_(False)
+    geometry = [graph.geometry[name] for name in MAPS]
     with torch.no_grad():
         traced = torch.jit.trace(graph, torch.rand(1, 3, 299, 299))
         # Freezing folds each batch norm into the convolution before it.
         teacher = torch.jit.freeze(torch.jit.script(Teacher(traced, geometry, ZOOM).eval()))
     content = io.BytesIO()
     torch.jit.save(teacher, content)
-    data.write_whole(out, content.getvalue(), "name another file with --out")
-    for name, (stride, centre) in zip(maps, geometry):
+    data.write_whole(args.out, content.getvalue(), "name another file with --out")
+    for name, (stride, centre) in zip(MAPS, geometry):
         data.say(f"{name}: stride {stride:g}, position 0 centred on pixel {centre}")
     return 0
 
 
 def main(argv=None) -> int:
-    parser = data.Parser(prog="weights/convert_inception.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("package", type=Path, help="nsfwjs-4.3.0.tgz")
-    parser.add_argument("--out", type=Path, default=Path("inception.pt"))
-
-    def command():
-        args = parser.parse_args(argv)
-        return convert(args.package, args.out)
-    return data.run_command(command)
+    return data.run_command(lambda: convert(argv))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ so that a larger --steps goes on from there.
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import os
@@ -81,7 +80,7 @@ def target_of(target: list, maps: list[torch.Tensor]) -> torch.Tensor:
 def prepare(student: nn.Module, corpus: Corpus, teachers: list, args, device) -> list:
     """-> the target. A --start's last layer predicted another one: it is fitted anew, to what the
     layers before it see."""
-    maps, inputs, last, some = [], [], student[-1], slice(EDGE, -EDGE, 5)     # 9x9 of a crop
+    maps, inputs, last = [], [], student[-1]         # of 9x9 positions of each crop
     for number in range(MEASURED):
         x = as_photo(corpus.crop(args.seed, -1 - number)).to(device)
         maps.append([block[0, :, ::5, ::5].flatten(1).T.cpu()
@@ -89,9 +88,8 @@ def prepare(student: nn.Module, corpus: Corpus, teachers: list, args, device) ->
         if args.start:
             with runs.in_precision(args.precision, device):
                 h = student[:-1](imagenet(x)).float()
-            size = last.kernel_size[0]
-            h = h.unfold(2, size, 1).unfold(3, size, 1)[0, :, some, some]     # (c, 9, 9, k, k)
-            inputs.append(h.permute(1, 2, 0, 3, 4).flatten(2).flatten(0, 1).cpu())
+            h = F.unfold(h[..., EDGE:-EDGE, EDGE:-EDGE], last.kernel_size, stride=5)
+            inputs.append(h[0].T.cpu())                                       # (81, c * k * k)
     maps = [torch.cat(parts) for parts in zip(*maps)]
     target = fit_target(maps, args.shares)
     if args.start:
@@ -191,11 +189,11 @@ def check(args):
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def begin(args, corpus: Corpus, teachers: list, device):
-    """-> student, optimiser and state, as a stopped distillation left them or new."""
+def begin(args, part: Path, corpus: Corpus, teachers: list, device):
+    """-> student, optimiser and state, as a stopped distillation left them in `part` or new."""
     names = ("images", "teacher", "shares", "size", "start", "batch", "bank", "lr", "precision",
              "seed")
-    settings, part = {name: getattr(args, name) for name in names}, beside(args.out, ".part")
+    settings = {name: getattr(args, name) for name in names}
     torch.manual_seed(args.seed)
     student = load_pdn(args.start, args.seed)[0] if args.start else build_pdn(args.size)
     student = student.to(device, memory_format=torch.channels_last).requires_grad_(True)
@@ -208,15 +206,10 @@ def begin(args, corpus: Corpus, teachers: list, device):
                              "choose another --out")
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        return student, optimizer, state
-    target = prepare(student, corpus, teachers, args, device)
-    return student, optimizer, {"format": runs.FORMAT, "settings": settings, "step": 0,
-                                "target": target}
-
-
-def beside(out: Path, suffix: str) -> Path:
-    """FILE.part holds the constant part of a distillation, FILE.bank crops until it ends."""
-    return out.with_name(out.name + suffix)
+    else:
+        state = {"format": runs.FORMAT, "settings": settings, "step": 0,
+                 "target": prepare(student, corpus, teachers, args, device)}
+    return student, optimizer, state
 
 
 def write_weights(out: Path, student: nn.Module):
@@ -242,10 +235,11 @@ def distill(args, save_every=60.0) -> int:
     held_out = corpus.measuring_crops()
     data.say(f"corpus: {len(corpus.learn)} photos to learn from, {len(held_out)} to measure; "
              f"teachers: {data.printable(', '.join(args.teacher))}; device: {device}")
-    student, optimizer, state = begin(args, corpus, teachers, device)
+    part, crops = (args.out.with_name(args.out.name + end) for end in (".part", ".bank"))
+    student, optimizer, state = begin(args, part, corpus, teachers, device)
     first = state["step"]
     args.steps = max(args.steps, first)              # what is learned stays
-    bank = Bank(beside(args.out, ".bank"), corpus, teachers, state["target"], args, device)
+    bank = Bank(crops, corpus, teachers, state["target"], args, device)
 
     last = args.steps + args.decay
     progress = runs.Progress("distilling", last, "steps", first)
@@ -268,7 +262,7 @@ def distill(args, save_every=60.0) -> int:
         if save:                                     # what has just given a finite loss
             state |= {"step": step, "student": student.state_dict(),
                       "optimizer": optimizer.state_dict()}
-            runs.save_tensors(beside(args.out, ".part"), state)
+            runs.save_tensors(part, state)
             saved = time.monotonic()
         optimizer.zero_grad()
         loss.backward()
@@ -280,11 +274,11 @@ def distill(args, save_every=60.0) -> int:
                                           args.precision):
         data.say(f"{line}: explained variance {share:.3f}")
     write_weights(args.out, student)
-    beside(args.out, ".bank").unlink()
+    crops.unlink()
     return 1 if corpus.bad else 0
 
 
-def parse(argv=None) -> argparse.Namespace:
+def parse(argv):
     parser = data.Parser(prog="weights/distill.py",
                          description="Train a PDN backbone to predict teachers' features.")
     add = parser.add_argument

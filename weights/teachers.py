@@ -152,8 +152,7 @@ class Corpus:
                 tar.seek(start)
                 return crop_of(data.decode(tar.read(size), name, data.to_rgb), *where)
         except InputError as error:
-            if str(error) not in self.bad:
-                data.warn([str(error)])
+            data.warn({str(error)} - self.bad)
             self.bad.add(str(error))
 
     def draw(self, size: int, generator) -> np.ndarray:
