@@ -218,7 +218,14 @@ def parse(argv):
 
 
 def print_tables(args) -> int:
-    found, problems = evaluation.each_record(args, records_of)
+    records, problems = evaluation.evaluate_runs(evaluation.chosen_runs(args))
+    found = []
+    for record in records:
+        try:
+            with data.readable():
+                found += records_of(evaluation.read_run(Path(record["run"])), record)
+        except InputError as error:
+            problems.append(str(error))
     return evaluation.publish("localise", args, localisation_tables(found), found, problems)
 
 
