@@ -183,14 +183,12 @@ def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device) ->
 class Features:
     """What the models see of n photos. seen (n, N, d0), or (n, N, d0 + 48) with patches, as `look`
     gives it; mean and std (d0,) of the training photos standardise each channel; rows (n,): where
-    each photo lies in seen; white: of photos of more than 8 bits."""
+    each photo lies in seen."""
 
-    def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None,
-                 white: int = 0):
+    def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None):
         self.seen, self.device = seen, device
-        self.rows = torch.arange(len(seen)) if rows is None else rows
-        self.rows = self.rows.to(seen.device)
-        self.mean, self.std, self.white = mean.to(device), std.to(device), white
+        rows = torch.arange(len(seen)) if rows is None else rows
+        self.rows, self.mean, self.std = rows.to(seen.device), mean.to(device), std.to(device)
 
     def h0(self, index: torch.Tensor) -> torch.Tensor:
         """(B, N, d0) of the photos numbered by index."""
@@ -231,14 +229,17 @@ def cached_features(paths: list[Path], size: int, key: str, compute, shape: tupl
     digests: `photo_digests`, where they are known.
     """
     about = repr((CACHE_FORMAT, key, size, shape, *([white] if white else []))).encode()
-    name = hashlib.blake2b(about, digest_size=20)
-    for digest in digests or photo_digests(paths):
-        name.update(digest)
-    file, reasons = cache / f"{name.hexdigest()}.features", {}
+    about = b"".join([about, *(digests or photo_digests(paths))])
+    file = cache / f"{hashlib.blake2b(about, digest_size=20).hexdigest()}.features"
+    whole, reasons = (len(paths), *shape), {}
+
+    def computed():
+        return compute_features(paths, size, compute, shape, progress, white)
+
     try:
-        features = load_features(file, (len(paths), *shape))
+        features = load_features(file, whole)
     except (OSError, ValueError):                  # there is none, or it is damaged
-        features = fill_cache(file, paths, size, compute, shape, progress, white)
+        features = fill_cache(file, whole, computed)
     for i in np.flatnonzero(np.isnan(features[:, 0, 0])):
         try:
             data.load_image(paths[i], size, white)
@@ -265,9 +266,9 @@ def load_features(file: Path, shape: tuple) -> np.ndarray:
     return features
 
 
-def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], progress, white):
-    """Computes the features and writes them as `file`, whole or not at all. Where it cannot be
-    written, they stay in memory."""
+def fill_cache(file: Path, shape: tuple, computed) -> np.ndarray:
+    """Writes the batches of features that computed() yields as `file`, whole or not at all. Where
+    it cannot be written, they stay in memory."""
     unfinished = file.with_name(f"{file.stem}.{os.urandom(4).hex()}.part")
     digest = hashlib.blake2b(key=file.stem.encode())           # with the name: none is mistaken
     try:
@@ -277,20 +278,19 @@ def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], pr
                 if time.time() - left.stat().st_mtime > 86_400:
                     left.unlink()
         with open(unfinished, "wb") as opened:
-            for values in compute_features(paths, size, compute, shape, progress, white):
+            for values in computed():
                 opened.write(values.tobytes())
                 digest.update(values)
             opened.write(digest.digest())
         os.replace(unfinished, file)
-        return load_features(file, (len(paths), *shape))
+        return load_features(file, shape)
     except OSError as error:
         data.tell(f"warning: {file.parent}: features cannot be kept there ({error.strerror}); "
                   "going on without")
     finally:
         with suppress(OSError):
             unfinished.unlink()
-    computed = compute_features(paths, size, compute, shape, progress, white)
-    return np.concatenate([np.empty((0, *shape), np.float16), *computed])
+    return np.concatenate([np.empty((0, *shape[1:]), np.float16), *computed()])
 
 
 def compute_features(paths, size: int, compute, shape: tuple[int, int], progress, white):
@@ -379,4 +379,4 @@ def load_data_set(job: Job):
     mean, std = channel_statistics(seen, rows[:n])
     fixed = {"fingerprint": fingerprint, "pdn": pdn.state_dict(), "mean": mean.cpu(),
              "std": std.cpu(), "white": white}
-    return left, n, Features(seen, mean, std, device, rows, white), fixed, len(photos) - len(left)
+    return left, n, Features(seen, mean, std, device, rows), fixed, len(photos) - len(left)
