@@ -1,7 +1,4 @@
-"""Photos for LADMIM: where data sets keep them, and what is odd about them.
-
-It opens with what other files need, too: reading and writing that may fail.
-"""
+"""Photos for LADMIM: where data sets keep them, and what is odd about them."""
 from __future__ import annotations
 
 import csv

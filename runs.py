@@ -124,22 +124,21 @@ def parse(argv, config_class, presets: dict, options: dict, add_predict_options)
 
 def pick_device(name: str | None) -> torch.device:
     """name: "cpu", "cuda" or None, which takes a GPU where there is one."""
-    if name in (None, "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
-    if name == "cuda":
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
         raise InputError("--device cuda: this machine has no CUDA GPU that torch can use; leave "
                          "the option out for the CPU")
-    return torch.device("cpu")
+    return torch.device(name or ("cuda" if found else "cpu"))
 
 
 def git_commit() -> str:
     """The commit of this code, "-dirty" behind it where the files differ, "" outside git."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:                      # no git on this machine
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True,
+                                       stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):     # OSError: no git on this machine
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def seeded(*key) -> torch.Generator:
@@ -231,15 +230,14 @@ def joined(device: torch.device):
                              "GPUs; start at most as many")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    with contextlib.ExitStack() as muted:
-        if dist.get_rank():
-            nowhere = muted.enter_context(open(os.devnull, "w"))
-            muted.enter_context(contextlib.redirect_stdout(nowhere))
-            muted.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
+    out, err = sys.stdout, sys.stderr
+    if dist.get_rank():
+        out = err = open(os.devnull, "w")
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
-        finally:
-            dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
 
 
 # Files of tensors
@@ -343,9 +341,8 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
 
 
 def saw_the_same(state: dict, other: dict) -> bool:
-    """Whether two states are of the same training photos and backbone. Runs from before there were
-    fingerprints tell it by the moments of their features, which other processors round otherwise.
-    """
+    """Whether two states are of the same training photos and backbone. Older runs have no
+    fingerprint but the moments of their features, which other processors round otherwise."""
     if "fingerprint" in state and "fingerprint" in other:
         return state["fingerprint"] == other["fingerprint"]
     return all(torch.allclose(state[name], other[name], atol=1e-4) for name in ("mean", "std"))
