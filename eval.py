@@ -47,10 +47,8 @@ MOVED = {"--localise": "bench/localise.py", "--maps": "bench/localise.py --maps 
 
 
 def auroc(labels, scores) -> float:
-    """Probability that an anomaly scores above a normal image; a tie counts half.
-
-    labels (n,) 0 normal, 1 anomaly; scores (n,), higher is more anomalous. Exact in float64.
-    """
+    """Probability that an anomaly scores above a normal image; a tie counts half. labels (n,): 0
+    normal, 1 anomaly; scores (n,): higher is more anomalous. Exact in float64."""
     labels, scores = np.ravel(labels), np.asarray(scores, np.float64).ravel()
     if len(labels) != len(scores):
         raise InputError(f"AUROC: there are {len(labels)} labels, {len(scores)} scores")
@@ -468,15 +466,6 @@ def write_report(file: Path, text: str, mark: str) -> None:
     data.write_whole(file, text.encode(errors="replace"), "name another file")
 
 
-def show(tables: list[tuple], problems: list[str], banner: str = "") -> int:
-    """Prints the tables, then a warning for each problem. -> exit code"""
-    if tables:
-        texts = [markdown(*table, banner) for table in tables]
-        print("\n\n".join([PROTOCOL.format(banner or STANDARDISED), *texts]))
-    data.warn(problems)
-    return 1 if problems else 0
-
-
 def publish(name: str, args, tables: list[tuple], records, problems: list[str], banner="",
             shown="") -> int:
     """Prints tables, or the text `shown` in their place, and problems, and writes tables, records
@@ -486,8 +475,12 @@ def publish(name: str, args, tables: list[tuple], records, problems: list[str], 
               "tables": [dict(zip(keys, (banner, *table))) for table in tables]}
     write_report(args.json or args.runs / f"{name}.json",
                  json.dumps(report, indent=1, default=asdict), '{\n "made_by": ')
+    if tables and not shown:
+        texts = [markdown(*table, banner) for table in tables]
+        shown = "\n\n".join([PROTOCOL.format(banner or STANDARDISED), *texts]) + "\n"
     print(shown, end="")
-    return show([] if shown else tables, problems, banner)
+    data.warn(problems)
+    return 1 if problems else 0
 
 
 def parse(argv):
