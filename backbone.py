@@ -226,8 +226,7 @@ def cached_features(paths: list[Path], size: int, key: str, compute, shape: tupl
     compute: uint8 (16, size, size, 3) -> (16, N, d0); shape: (N, d0). The file is named by all the
     photos' bytes, the size, the shape, white and `key`, which must change with the backbone's
     weights: so nothing stale is served. It is mapped, not kept: features may exceed the memory.
-    digests: `photo_digests`, where they are known.
-    """
+    digests: `photo_digests`, where they are known."""
     about = repr((CACHE_FORMAT, key, size, shape, *([white] if white else []))).encode()
     about = b"".join([about, *(digests or photo_digests(paths))])
     file = cache / f"{hashlib.blake2b(about, digest_size=20).hexdigest()}.features"
@@ -318,17 +317,15 @@ def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixe
                   cache: Path, white: int = 0):
     """-> what `look` gives of the photos (n, N, d0 or d0 + 48), the photos that can be read, and
     their rows in it, and a fingerprint of the bytes of the training photos and the weights. Each
-    photo that cannot be read costs a warning. Raises InputError where a category has no training
-    or no validation photo left."""
-    key = hashlib.blake2b(digest_size=16)
-    for weight in pdn.state_dict().values():
-        key.update(weight.cpu().contiguous().numpy().tobytes())
+    photo that cannot be read costs a warning."""
+    weights = b"".join(weight.cpu().numpy().tobytes() for weight in pdn.state_dict().values())
+    key = hashlib.blake2b(weights, digest_size=16).hexdigest()
     pdn = pdn.to(device, memory_format=torch.channels_last)
     # Sorted: seeds hold out other photos for validation, and shall share one file.
     paths, shape = sorted(photo.path for photo in photos), (grid ** 2, CHANNELS + PATCH * pixels)
     digests = photo_digests(paths)
     seen, reasons = cached_features(
-        paths, image_size, key.hexdigest(),
+        paths, image_size, key,
         lambda images: look(pdn, images, grid, pixels, device).cpu().numpy(), shape, cache,
         Progress("features", len(paths), "photos"), digests, white)
     data.warn(reasons.values())
@@ -339,11 +336,10 @@ def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixe
             raise InputError(f"{name}: no training or no validation photo is left that can be "
                              "read; see the warnings above")
     row = {path: number for number, path in enumerate(paths)}
-    fingerprint = hashlib.blake2b(f"{CACHE_FORMAT} {key.hexdigest()}".encode(), digest_size=20)
-    for photo in left:
-        fingerprint.update(digests[row[photo.path]] if photo.split == "train" else b"")
-    rows = torch.tensor([row[photo.path] for photo in left])
-    return torch.from_numpy(seen), left, rows, fingerprint.hexdigest()
+    rows = [row[photo.path] for photo in left]
+    trained = b"".join(digests[i] for i, photo in zip(rows, left) if photo.split == "train")
+    fingerprint = hashlib.blake2b(f"{CACHE_FORMAT} {key}".encode() + trained, digest_size=20)
+    return torch.from_numpy(seen), left, torch.tensor(rows), fingerprint.hexdigest()
 
 
 def load_data_set(job: Job):
