@@ -1,8 +1,4 @@
-"""Run folders: their settings, what a training keeps on disk, how it goes on; several processes.
-
-A run folder holds config.json (the settings), checkpoint.pt (written once a minute), metrics.jsonl
-(a line an epoch) and, at the end, scores.csv and maps.npz. `lock` keeps a second training out.
-"""
+"""Run folders: their settings, what a training keeps on disk, how it goes on; several processes."""
 from __future__ import annotations
 
 import contextlib
@@ -33,11 +29,10 @@ except ImportError:                      # Windows: two trainings in one folder 
 
 FORMAT = 3                               # of checkpoint.pt
 NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two sittings of a run
-# What only the scores depend on, and what the ViT depends on, too: a run may take over the rest.
+# What only the scores depend on, and what the ViT depends on beside all settings that are named
+# mim_...: a run may take over the rest.
 SCORE_SETTINGS = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
-VIT_SETTINGS = {"mim_width", "mim_blocks", "mim_heads", "mim_dropout", "mim_layer_scale",
-                "mim_epochs", "mim_warmup", "mim_batch", "mim_lr", "mim_last_lr", "mim_clip",
-                "mim_weight_decay", "mask", "train_ratio", "train_block", "target"}
+VIT_SETTINGS = {"mask", "train_ratio", "train_block", "target"}
 
 
 # Settings and options
@@ -400,7 +395,8 @@ class Run:
         held = defaults | state["config"]
         held["pdn"] = weights_name(held["pdn"])
         differ = {name for name in defaults if held[name] != mine[name]}
-        why = ", ".join(sorted(differ - SCORE_SETTINGS - VIT_SETTINGS))
+        others = {name for name in differ if not name.startswith("mim_")}
+        why = ", ".join(sorted(others - SCORE_SETTINGS - VIT_SETTINGS))
         if held["seed"] != self.seed:
             why = why or "its seed"
         if not saw_the_same(state, self.state):
@@ -412,7 +408,6 @@ class Run:
         self.state.update({part: state[part] for part in (*stages, "mean", "std")},
                           stage="taken whole" if len(stages) == 2 else "hvq taken",
                           metrics=[one for one in state["metrics"] if one["stage"] in stages])
-        self.write_metrics()
 
     def has_trained(self, stage: str, model) -> bool:
         """Whether this stage was trained before; the model is then as it was at its end."""
