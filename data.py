@@ -271,14 +271,13 @@ def flat_names(paths: list[Path]) -> list[str]:
     share, then its name."""
     parts = [Path(os.path.abspath(path)).with_suffix("").parts[1:] for path in paths]
     shared = len(os.path.commonprefix([folders[:-1] for folders in parts]))
-    names, taken = [], set()
+    names = {}                                     # by lower case: some file systems ignore case
     for part in parts:
         name = "_".join(part[shared:])
-        while name.lower() in taken:               # some file systems do not tell A from a
+        while name.lower() in names:
             name += "_2"
-        taken.add(name.lower())
-        names.append(name)
-    return names
+        names[name.lower()] = name
+    return list(names.values())
 
 
 # Checks

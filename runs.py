@@ -119,11 +119,11 @@ def parse(argv, config_class, presets: dict, options: dict, add_predict_options)
 
 def pick_device(name: str | None) -> torch.device:
     """name: "cpu", "cuda" or None, which takes a GPU where there is one."""
-    found = torch.cuda.is_available()
+    found = name != "cpu" and torch.cuda.is_available()
     if name == "cuda" and not found:
         raise InputError("--device cuda: this machine has no CUDA GPU that torch can use; leave "
                          "the option out for the CPU")
-    return torch.device(name or ("cuda" if found else "cpu"))
+    return torch.device("cuda" if found else "cpu")
 
 
 def git_commit() -> str:
