@@ -183,14 +183,12 @@ def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device) ->
 class Features:
     """What the models see of n photos. seen (n, N, d0), or (n, N, d0 + 48) with patches, as `look`
     gives it; mean and std (d0,) of the training photos standardise each channel; rows (n,): where
-    each photo lies in seen; white: of photos of more than 8 bits."""
+    each photo lies in seen."""
 
-    def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None,
-                 white: int = 0):
+    def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None):
         self.seen, self.device = seen, device
-        self.rows = torch.arange(len(seen)) if rows is None else rows
-        self.rows = self.rows.to(seen.device)
-        self.mean, self.std, self.white = mean.to(device), std.to(device), white
+        rows = torch.arange(len(seen)) if rows is None else rows
+        self.rows, self.mean, self.std = rows.to(seen.device), mean.to(device), std.to(device)
 
     def h0(self, index: torch.Tensor) -> torch.Tensor:
         """(B, N, d0) of the photos numbered by index."""
@@ -228,17 +226,19 @@ def cached_features(paths: list[Path], size: int, key: str, compute, shape: tupl
     compute: uint8 (16, size, size, 3) -> (16, N, d0); shape: (N, d0). The file is named by all the
     photos' bytes, the size, the shape, white and `key`, which must change with the backbone's
     weights: so nothing stale is served. It is mapped, not kept: features may exceed the memory.
-    digests: `photo_digests`, where they are known.
-    """
+    digests: `photo_digests`, where they are known."""
     about = repr((CACHE_FORMAT, key, size, shape, *([white] if white else []))).encode()
-    name = hashlib.blake2b(about, digest_size=20)
-    for digest in digests or photo_digests(paths):
-        name.update(digest)
-    file, reasons = cache / f"{name.hexdigest()}.features", {}
+    about = b"".join([about, *(digests or photo_digests(paths))])
+    file = cache / f"{hashlib.blake2b(about, digest_size=20).hexdigest()}.features"
+    whole, reasons = (len(paths), *shape), {}
+
+    def computed():
+        return compute_features(paths, size, compute, shape, progress, white)
+
     try:
-        features = load_features(file, (len(paths), *shape))
+        features = load_features(file, whole)
     except (OSError, ValueError):                  # there is none, or it is damaged
-        features = fill_cache(file, paths, size, compute, shape, progress, white)
+        features = fill_cache(file, whole, computed)
     for i in np.flatnonzero(np.isnan(features[:, 0, 0])):
         try:
             data.load_image(paths[i], size, white)
@@ -265,9 +265,9 @@ def load_features(file: Path, shape: tuple) -> np.ndarray:
     return features
 
 
-def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], progress, white):
-    """Computes the features and writes them as `file`, whole or not at all. Where it cannot be
-    written, they stay in memory."""
+def fill_cache(file: Path, shape: tuple, computed) -> np.ndarray:
+    """Writes the batches of features that computed() yields as `file`, whole or not at all. Where
+    it cannot be written, they stay in memory."""
     unfinished = file.with_name(f"{file.stem}.{os.urandom(4).hex()}.part")
     digest = hashlib.blake2b(key=file.stem.encode())           # with the name: none is mistaken
     try:
@@ -277,20 +277,19 @@ def fill_cache(file: Path, paths, size: int, compute, shape: tuple[int, int], pr
                 if time.time() - left.stat().st_mtime > 86_400:
                     left.unlink()
         with open(unfinished, "wb") as opened:
-            for values in compute_features(paths, size, compute, shape, progress, white):
+            for values in computed():
                 opened.write(values.tobytes())
                 digest.update(values)
             opened.write(digest.digest())
         os.replace(unfinished, file)
-        return load_features(file, (len(paths), *shape))
+        return load_features(file, shape)
     except OSError as error:
         data.tell(f"warning: {file.parent}: features cannot be kept there ({error.strerror}); "
                   "going on without")
     finally:
         with suppress(OSError):
             unfinished.unlink()
-    computed = compute_features(paths, size, compute, shape, progress, white)
-    return np.concatenate([np.empty((0, *shape), np.float16), *computed])
+    return np.concatenate([np.empty((0, *shape[1:]), np.float16), *computed()])
 
 
 def compute_features(paths, size: int, compute, shape: tuple[int, int], progress, white):
@@ -318,17 +317,15 @@ def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixe
                   cache: Path, white: int = 0):
     """-> what `look` gives of the photos (n, N, d0 or d0 + 48), the photos that can be read, and
     their rows in it, and a fingerprint of the bytes of the training photos and the weights. Each
-    photo that cannot be read costs a warning. Raises InputError where a category has no training
-    or no validation photo left."""
-    key = hashlib.blake2b(digest_size=16)
-    for weight in pdn.state_dict().values():
-        key.update(weight.cpu().contiguous().numpy().tobytes())
+    photo that cannot be read costs a warning."""
+    weights = b"".join(weight.cpu().numpy().tobytes() for weight in pdn.state_dict().values())
+    key = hashlib.blake2b(weights, digest_size=16).hexdigest()
     pdn = pdn.to(device, memory_format=torch.channels_last)
     # Sorted: seeds hold out other photos for validation, and shall share one file.
     paths, shape = sorted(photo.path for photo in photos), (grid ** 2, CHANNELS + PATCH * pixels)
     digests = photo_digests(paths)
     seen, reasons = cached_features(
-        paths, image_size, key.hexdigest(),
+        paths, image_size, key,
         lambda images: look(pdn, images, grid, pixels, device).cpu().numpy(), shape, cache,
         Progress("features", len(paths), "photos"), digests, white)
     data.warn(reasons.values())
@@ -339,11 +336,10 @@ def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixe
             raise InputError(f"{name}: no training or no validation photo is left that can be "
                              "read; see the warnings above")
     row = {path: number for number, path in enumerate(paths)}
-    fingerprint = hashlib.blake2b(f"{CACHE_FORMAT} {key.hexdigest()}".encode(), digest_size=20)
-    for photo in left:
-        fingerprint.update(digests[row[photo.path]] if photo.split == "train" else b"")
-    rows = torch.tensor([row[photo.path] for photo in left])
-    return torch.from_numpy(seen), left, rows, fingerprint.hexdigest()
+    rows = [row[photo.path] for photo in left]
+    trained = b"".join(digests[i] for i, photo in zip(rows, left) if photo.split == "train")
+    fingerprint = hashlib.blake2b(f"{CACHE_FORMAT} {key}".encode() + trained, digest_size=20)
+    return torch.from_numpy(seen), left, torch.tensor(rows), fingerprint.hexdigest()
 
 
 def load_data_set(job: Job):
@@ -379,4 +375,4 @@ def load_data_set(job: Job):
     mean, std = channel_statistics(seen, rows[:n])
     fixed = {"fingerprint": fingerprint, "pdn": pdn.state_dict(), "mean": mean.cpu(),
              "std": std.cpu(), "white": white}
-    return left, n, Features(seen, mean, std, device, rows, white), fixed, len(photos) - len(left)
+    return left, n, Features(seen, mean, std, device, rows), fixed, len(photos) - len(left)

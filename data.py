@@ -1,7 +1,4 @@
-"""Photos for LADMIM: where data sets keep them, and what is odd about them.
-
-It opens with what other files need, too: reading and writing that may fail.
-"""
+"""Photos for LADMIM: where data sets keep them, and what is odd about them."""
 from __future__ import annotations
 
 import csv
@@ -29,6 +26,7 @@ SPLITS = ("train", "validation", "test")
 MASK_NAMES = ("that of test/KIND/NAME is looked for in ground_truth/KIND: NAME_mask.png, NAME.png "
               "(.bmp, .tif, .tiff) or a folder NAME")
 VALIDATION = ("validation", "valid", "val")          # MVTec LOCO's name first, then BMAD's
+VISA_TABLE = "split_csv/1cls.csv"                    # in the folder of VisA's categories
 REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 
 
@@ -93,8 +91,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def visible_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, by name. Unlike a glob, it does not pass over what it may not read.
-    """
+    """The folders in a folder, by name. A glob would pass over what it may not read."""
     inside = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in inside if not path.name.startswith(".") and path.is_dir()]
 
@@ -143,9 +140,9 @@ def folder_layout(folder: Path) -> list[Photo]:
 
 
 def visa_layout(folder: Path) -> list[Photo]:
-    """VisA, by its table split_csv/1cls.csv."""
+    """VisA, by its table."""
     root, category, photos = folder.parent, folder.name, {}
-    table, columns = visa_table(folder), ("object", "split", "label", "image", "mask")
+    table, columns = root / VISA_TABLE, ("object", "split", "label", "image", "mask")
     try:
         with open(table, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -169,17 +166,14 @@ def visa_layout(folder: Path) -> list[Photo]:
     return list(photos.values())
 
 
-def visa_table(folder: Path) -> Path:
-    return folder.parent / "split_csv" / "1cls.csv"
-
-
-# Whether a category's folder is in a layout, and the function that reads it; the first one counts.
-LAYOUTS = (
-    (lambda folder: (folder / "train").is_dir(), folder_layout),
-    (lambda folder: (folder / "image_anno.csv").is_file(), visa_layout),
-    (lambda folder: visa_table(folder).is_file() and folder != visa_table(folder).parent,
-     visa_layout),
-)
+def layout_of(folder: Path):
+    """The function that reads a category's folder; None where it has no layout that is known."""
+    if (folder / "train").is_dir():
+        return folder_layout
+    table = folder.parent / VISA_TABLE
+    if (folder / "image_anno.csv").is_file() or (table.is_file() and folder != table.parent):
+        return visa_layout
+    return None
 
 
 def list_categories(root: Path) -> list[str]:
@@ -188,8 +182,7 @@ def list_categories(root: Path) -> list[str]:
         if not root.is_dir():
             raise InputError(f"--data {root}: no such folder; name the folder that holds the "
                              "category folders")
-        names = [path.name for path in visible_folders(root)
-                 if any(fits(path) for fits, _ in LAYOUTS)]
+        names = [path.name for path in visible_folders(root) if layout_of(path)]
         if not names and (root / "train").is_dir():
             raise InputError(f"--data {root}: is a category; name its parent and --category "
                              f"{root.resolve().name}")
@@ -227,16 +220,13 @@ def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
 
     Where there are no validation photos, a tenth of the training photos (at least two; one of two),
     drawn with the seed, is held out for it. Anomalies in a validation folder (BMAD's valid/Ungood)
-    are left out: only normals standardise scores. Raises InputError where a folder is missing or
-    holds no photos.
-    """
+    are left out: only normals standardise scores."""
     with readable():
         folder = root / category
         if Path(category).name != category or category == ".." or not folder.is_dir():
             names = list_categories(root)
             raise InputError(f"--category {category}: not in {root}; found: {', '.join(names)}")
-        layout = next((layout for fits, layout in LAYOUTS if fits(folder)), folder_layout)
-        photos = layout(folder)
+        photos = (layout_of(folder) or folder_layout)(folder)
     if not any(photo.split == "validation" for photo in photos):
         train = sorted(photo.path for photo in photos if photo.split == "train")
         if len(train) < 2:
@@ -281,14 +271,13 @@ def flat_names(paths: list[Path]) -> list[str]:
     share, then its name."""
     parts = [Path(os.path.abspath(path)).with_suffix("").parts[1:] for path in paths]
     shared = len(os.path.commonprefix([folders[:-1] for folders in parts]))
-    names, taken = [], set()
+    names = {}                                     # by lower case: some file systems ignore case
     for part in parts:
         name = "_".join(part[shared:])
-        while name.lower() in taken:               # some file systems do not tell A from a
+        while name.lower() in names:
             name += "_2"
-        taken.add(name.lower())
-        names.append(name)
-    return names
+        names[name.lower()] = name
+    return list(names.values())
 
 
 # Checks

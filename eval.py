@@ -47,10 +47,8 @@ MOVED = {"--localise": "bench/localise.py", "--maps": "bench/localise.py --maps 
 
 
 def auroc(labels, scores) -> float:
-    """Probability that an anomaly scores above a normal image; a tie counts half.
-
-    labels (n,) 0 normal, 1 anomaly; scores (n,), higher is more anomalous. Exact in float64.
-    """
+    """Probability that an anomaly scores above a normal image; a tie counts half. labels (n,): 0
+    normal, 1 anomaly; scores (n,): higher is more anomalous. Exact in float64."""
     labels, scores = np.ravel(labels), np.asarray(scores, np.float64).ravel()
     if len(labels) != len(scores):
         raise InputError(f"AUROC: there are {len(labels)} labels, {len(scores)} scores")
@@ -234,32 +232,22 @@ def total_scores(scored: ScoredRun, category: str, over: str = "validation"):
     images and its validation normals. over: whose mean and std; "test" is the leak."""
     mine = scored.category == category
     test, normals = mine & scored.test, mine & ~scored.test & (scored.kind == "good")
-    good = scored.kind[test] == "good"
     if not normals.any():
         raise InputError(f"{scored.folder}: {category} has no validation normals to standardise by")
-    if good.all() or not good.any():
-        raise InputError(f"{scored.folder}: no AUROC for {category}, whose test split has "
-                         f"{good.sum()} good images and {(~good).sum()} anomalies")
     reference = test if over == "test" else normals
     s_hvq = standardise(scored.s_hvq, scored.s_hvq[reference])
     s_mim = standardise(scored.s_mim, scored.s_mim[reference])
     return s_hvq + s_mim, test, normals
 
 
-def validation_scores(scored: ScoredRun, category: str) -> np.ndarray:
-    """The final scores of the category's validation normals, (n,)."""
-    mine = (scored.category == category) & ~scored.test & (scored.kind == "good")
-    if not mine.any():
-        raise InputError(f"{scored.folder}: {category} has no validation normals")
-    s_hvq, s_mim = scored.s_hvq[mine], scored.s_mim[mine]
-    return standardise(s_hvq, s_hvq) + standardise(s_mim, s_mim)
-
-
 def evaluate(scored: ScoredRun, category: str, over: str = "validation") -> dict:
     """One category of a run -> its record: what it is, AUROCs, error rates at the threshold."""
+    kinds, config = scored.kind[(scored.category == category) & scored.test], scored.config
+    good, groups = kinds == "good", anomaly_groups(kinds)
+    if good.all() or not good.any():
+        raise InputError(f"{scored.folder}: no AUROC for {category}, whose test split has "
+                         f"{good.sum()} good images and {(~good).sum()} anomalies")
     both, test, normals = total_scores(scored, category, over)
-    kinds, config = scored.kind[test], scored.config
-    groups = anomaly_groups(kinds)
     record = {key: config[key] for key in CONFIG} | {
         "run": str(scored.folder), "category": category, "commit": config["commit"] or "unknown",
         "trained on": "each alone" if config["category"] == category else config["category"],
@@ -267,10 +255,9 @@ def evaluate(scored: ScoredRun, category: str, over: str = "validation") -> dict
         "images": {kind: int((kinds == kind).sum()) for kind in sorted(set(kinds))},
         "columns": (ANY,) if ANY in groups else (*KINDS, "average")}
     flagged = both[test] > threshold(both[normals])
-    record["false alarms"] = {"good": float(flagged[kinds == "good"].mean())}
-    record["missed"] = {}
-    for name, members in groups.items():
-        record["missed"][name] = float((~flagged[np.isin(kinds, members)]).mean())
+    record["false alarms"] = {"good": float(flagged[good].mean())}
+    record["missed"] = {name: float((~flagged[np.isin(kinds, members)]).mean())
+                        for name, members in groups.items()}
     for detector, s in (("hvq", scored.s_hvq), ("mim", scored.s_mim), ("both", both)):
         record[detector] = aurocs(kinds, s[test])
     return record
@@ -441,10 +428,8 @@ def markdown(title: str, header: list, rows: list, banner: str = "") -> str:
 def run_table(folder) -> str:
     """One run's AUROCs in Markdown, and a line on each category that has none."""
     records, problems = evaluate_runs([Path(folder)])
-    tables = []
-    for members in grouped(records, "columns").values():
-        title = f"{data_title(members[0])}, {Path(folder).name}"
-        tables.append(markdown(*auroc_table(members, title)))
+    tables = [markdown(*auroc_table(members, f"{data_title(members[0])}, {Path(folder).name}"))
+              for members in grouped(records, "columns").values()]
     return "\n".join(tables + problems)
 
 
@@ -471,18 +456,6 @@ def chosen_runs(args) -> list[Path]:
     return folders
 
 
-def each_record(args, figures) -> tuple[list[dict], list[str]]:
-    """figures(scored, record) -> rows. -> the rows of all chosen runs and categories, problems."""
-    (records, problems), rows = evaluate_runs(chosen_runs(args)), []
-    for record in records:
-        try:
-            with data.readable():
-                rows += figures(read_run(Path(record["run"])), record)
-        except InputError as error:
-            problems.append(str(error))
-    return rows, problems
-
-
 def write_report(file: Path, text: str, mark: str) -> None:
     """Replaces an earlier report, known by the mark near its start, and no other file."""
     with data.readable():
@@ -493,30 +466,21 @@ def write_report(file: Path, text: str, mark: str) -> None:
     data.write_whole(file, text.encode(errors="replace"), "name another file")
 
 
-def write_json(file: Path, report: dict) -> None:
-    text = json.dumps({"made_by": "LADMIM", **report}, indent=1, default=asdict)
-    write_report(file, text, '{\n "made_by": ')
-
-
-def show(tables: list[tuple], problems: list[str], banner: str = "") -> int:
-    """Prints the tables, then a warning for each problem. -> exit code"""
-    if tables:
-        texts = [markdown(*table, banner) for table in tables]
-        print("\n\n".join([PROTOCOL.format(banner or STANDARDISED), *texts]))
-    data.warn(problems)
-    return 1 if problems else 0
-
-
 def publish(name: str, args, tables: list[tuple], records, problems: list[str], banner="",
             shown="") -> int:
     """Prints tables, or the text `shown` in their place, and problems, and writes tables, records
     and problems as JSON. -> exit code"""
     keys = ("banner", "title", "header", "rows")
-    write_json(args.json or args.runs / f"{name}.json", {
-        "problems": problems, "records": records,
-        "tables": [dict(zip(keys, (banner, *table))) for table in tables]})
+    report = {"made_by": "LADMIM", "problems": problems, "records": records,
+              "tables": [dict(zip(keys, (banner, *table))) for table in tables]}
+    write_report(args.json or args.runs / f"{name}.json",
+                 json.dumps(report, indent=1, default=asdict), '{\n "made_by": ')
+    if tables and not shown:
+        texts = [markdown(*table, banner) for table in tables]
+        shown = "\n\n".join([PROTOCOL.format(banner or STANDARDISED), *texts]) + "\n"
     print(shown, end="")
-    return show([] if shown else tables, problems, banner)
+    data.warn(problems)
+    return 1 if problems else 0
 
 
 def parse(argv):

@@ -141,18 +141,15 @@ def load_image(path: Path, size: int, white: int = 0) -> np.ndarray:
 def ahead(function, items, waiting: int = 16):
     """Yields function(item) in order, or the InputError it raised, computed by threads up to
     `waiting` items ahead."""
-    def attempt(item):
-        try:
-            return function(item)
-        except InputError as error:
-            return error
-
     items, queue = iter(items), deque()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        queue.extend(pool.submit(attempt, item) for item in islice(items, waiting))
+        queue.extend(pool.submit(function, item) for item in islice(items, waiting))
         while queue:
-            result = queue.popleft().result()
-            queue.extend(pool.submit(attempt, item) for item in islice(items, 1))
+            try:
+                result = queue.popleft().result()
+            except InputError as error:
+                result = error
+            queue.extend(pool.submit(function, item) for item in islice(items, 1))
             yield result
 
 
@@ -163,25 +160,22 @@ def load_images(paths, size: int, white: int = 0):
 
 # Depth: a camera's 10 or 12 bits lie in files of 16, and only many photos together show it.
 
-def least_white(path: Path) -> int:
+def least_white(image: Image.Image) -> int:
     """The smallest white that no value of the photo exceeds: 2 ** bits - 1 of integers, 1 or 255 of
     floats; 0 where a photo has 8 bits."""
-    def use(image):
-        if not is_deep(image):
-            return 0
-        image.load()
-        is_colour = not image.mode.startswith(("I", "F"))
-        top = np.asarray(image).max() * 257.0 if is_colour else deep_values(image).max()
-        if image.mode == "F":
-            return 1 if top <= 1 else 255
-        return 2 ** max(8, int(top).bit_length()) - 1
-
-    return decode(read(path), path, use)
+    if not is_deep(image):
+        return 0
+    image.load()
+    is_colour = not image.mode.startswith(("I", "F"))
+    top = np.asarray(image).max() * 257.0 if is_colour else deep_values(image).max()
+    if image.mode == "F":
+        return 1 if top <= 1 else 255
+    return 2 ** max(8, int(top).bit_length()) - 1
 
 
 def deeper(paths: list[Path], white: int = 0) -> dict[Path, int]:
     """`least_white` of each photo where it exceeds white."""
-    found = dict(zip(paths, ahead(least_white, paths)))
+    found = dict(zip(paths, ahead(lambda path: decode(read(path), path, least_white), paths)))
     return {path: own for path, own in found.items() if isinstance(own, int) and own > white}
 
 

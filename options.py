@@ -83,8 +83,7 @@ def check_settings(cfg, options: dict, side: int):
             least = 0 if name.endswith("epochs") or name == "mim_warmup" else 1
             check(name, value >= least, "too small")
         if name.endswith(("_ratio", "_block")):
-            share = name.endswith("ratio")
-            check(name, 0 < value <= 1 and not (share and not round(value * tokens)),
+            check(name, 0 < value <= 1 and (name.endswith("_block") or round(value * tokens)),
                   f"a share of the {tokens} tokens, above 0 and at most 1; at least one token")
         if name.endswith("dropout") or name == "ema_decay":
             check(name, value < 1, "must be below 1")

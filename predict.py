@@ -57,22 +57,22 @@ def pick_threshold(detector, args) -> tuple[float, str]:
         raise InputError(f"--false-alarms {asked}: must lie between 0 and 1, as 0.01")
     if threshold is not None or not (asked or (args.run / "scores.csv").exists()):
         return detector.normal["threshold"] if threshold is None else threshold, "as given"
-    normals = evaluation.validation_scores(evaluation.read_run(args.run), detector.category)
-    enough, words = worth(len(normals), asked or ALARMS)
+    total, _, normals = evaluation.total_scores(evaluation.read_run(args.run), detector.category)
+    enough, words = worth(normals.sum(), asked or ALARMS)
     if not asked:
         return detector.normal["threshold"], words
     if not enough:
         data.warn([f"--false-alarms {asked:g}: its threshold is {words}"])
-    return evaluation.threshold(normals, 100 * (1 - asked)), words
+    return evaluation.threshold(total[normals], 100 * (1 - asked)), words
 
 
 def next_step(folder: Path) -> str:
     """How to go on with a run that was trained, and what its thresholds are worth."""
     scored, lines = evaluation.read_run(folder), []
     for name in (names := sorted(set(scored.category.tolist()))):
-        normals = evaluation.validation_scores(scored, name)
-        words = worth(len(normals), ALARMS)[1]
-        lines.append(f"threshold of {name}: {evaluation.threshold(normals):.2f}; {words}")
+        total, _, normals = evaluation.total_scores(scored, name)
+        words = worth(normals.sum(), ALARMS)[1]
+        lines.append(f"threshold of {name}: {evaluation.threshold(total[normals]):.2f}; {words}")
     which = ["--category", names[0]] if len(names) > 1 else []
     rest = shlex.join(["--run", str(folder), *which])
     lines.append(f"next: python ladmim.py predict PHOTO_OR_FOLDER... {rest}")

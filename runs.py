@@ -1,8 +1,4 @@
-"""Run folders: their settings, what a training keeps on disk, how it goes on; several processes.
-
-A run folder holds config.json (the settings), checkpoint.pt (written once a minute), metrics.jsonl
-(a line an epoch) and, at the end, scores.csv and maps.npz. `lock` keeps a second training out.
-"""
+"""Run folders: their settings, what a training keeps on disk, how it goes on; several processes."""
 from __future__ import annotations
 
 import contextlib
@@ -33,11 +29,10 @@ except ImportError:                      # Windows: two trainings in one folder 
 
 FORMAT = 3                               # of checkpoint.pt
 NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two sittings of a run
-# What only the scores depend on, and what the ViT depends on, too: a run may take over the rest.
+# What only the scores depend on, and what the ViT depends on beside all settings that are named
+# mim_...: a run may take over the rest.
 SCORE_SETTINGS = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
-VIT_SETTINGS = {"mim_width", "mim_blocks", "mim_heads", "mim_dropout", "mim_layer_scale",
-                "mim_epochs", "mim_warmup", "mim_batch", "mim_lr", "mim_last_lr", "mim_clip",
-                "mim_weight_decay", "mask", "train_ratio", "train_block", "target"}
+VIT_SETTINGS = {"mask", "train_ratio", "train_block", "target"}
 
 
 # Settings and options
@@ -124,22 +119,21 @@ def parse(argv, config_class, presets: dict, options: dict, add_predict_options)
 
 def pick_device(name: str | None) -> torch.device:
     """name: "cpu", "cuda" or None, which takes a GPU where there is one."""
-    if name in (None, "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
-    if name == "cuda":
+    found = name != "cpu" and torch.cuda.is_available()
+    if name == "cuda" and not found:
         raise InputError("--device cuda: this machine has no CUDA GPU that torch can use; leave "
                          "the option out for the CPU")
-    return torch.device("cpu")
+    return torch.device("cuda" if found else "cpu")
 
 
 def git_commit() -> str:
     """The commit of this code, "-dirty" behind it where the files differ, "" outside git."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:                      # no git on this machine
+        return subprocess.check_output(command, cwd=Path(__file__).parent, text=True,
+                                       stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):     # OSError: no git on this machine
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def seeded(*key) -> torch.Generator:
@@ -231,15 +225,14 @@ def joined(device: torch.device):
                              "GPUs; start at most as many")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    with contextlib.ExitStack() as muted:
-        if dist.get_rank():
-            nowhere = muted.enter_context(open(os.devnull, "w"))
-            muted.enter_context(contextlib.redirect_stdout(nowhere))
-            muted.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
+    out, err = sys.stdout, sys.stderr
+    if dist.get_rank():
+        out = err = open(os.devnull, "w")
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
-        finally:
-            dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
 
 
 # Files of tensors
@@ -343,9 +336,8 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
 
 
 def saw_the_same(state: dict, other: dict) -> bool:
-    """Whether two states are of the same training photos and backbone. Runs from before there were
-    fingerprints tell it by the moments of their features, which other processors round otherwise.
-    """
+    """Whether two states are of the same training photos and backbone. Older runs have no
+    fingerprint but the moments of their features, which other processors round otherwise."""
     if "fingerprint" in state and "fingerprint" in other:
         return state["fingerprint"] == other["fingerprint"]
     return all(torch.allclose(state[name], other[name], atol=1e-4) for name in ("mean", "std"))
@@ -403,7 +395,8 @@ class Run:
         held = defaults | state["config"]
         held["pdn"] = weights_name(held["pdn"])
         differ = {name for name in defaults if held[name] != mine[name]}
-        why = ", ".join(sorted(differ - SCORE_SETTINGS - VIT_SETTINGS))
+        others = {name for name in differ if not name.startswith("mim_")}
+        why = ", ".join(sorted(others - SCORE_SETTINGS - VIT_SETTINGS))
         if held["seed"] != self.seed:
             why = why or "its seed"
         if not saw_the_same(state, self.state):
@@ -415,7 +408,6 @@ class Run:
         self.state.update({part: state[part] for part in (*stages, "mean", "std")},
                           stage="taken whole" if len(stages) == 2 else "hvq taken",
                           metrics=[one for one in state["metrics"] if one["stage"] in stages])
-        self.write_metrics()
 
     def has_trained(self, stage: str, model) -> bool:
         """Whether this stage was trained before; the model is then as it was at its end."""

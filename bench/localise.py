@@ -198,7 +198,14 @@ def print_tables(argv) -> int:
                          "trained runs, against the ground-truth masks; some seconds a run.")
     evaluation.add_runs(parser)
     args = parser.parse_args(argv)
-    found, problems = evaluation.each_record(args, localise)
+    records, problems = evaluation.evaluate_runs(evaluation.chosen_runs(args))
+    found = []
+    for record in records:
+        try:
+            with data.readable():
+                found += localise(evaluation.read_run(Path(record["run"])), record)
+        except InputError as error:
+            problems.append(str(error))
     return evaluation.publish("localise", args, localisation_tables(found), found, problems)
 
 
