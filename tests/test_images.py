@@ -384,6 +384,7 @@ def test_flat_names():
 PART = st.sampled_from(["a", "A", "b", "a_b", "2", "a_2"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(PART, min_size=1, max_size=3), max_size=12))
 def test_flat_names_are_unique_and_hold_no_folder(parts):
     paths = [Path("/r", *part[:-1], part[-1] + ".png") for part in parts]
