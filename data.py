@@ -390,14 +390,14 @@ def same(photos: list[Photo]) -> list[str]:
             "is measured is memory"]
 
 
-def fingerprint(photos: list[Photo], root: Path) -> str:
-    """Of the photos' names, splits, kinds and bytes."""
-    whole = hashlib.blake2b(digest_size=16)
-    digests = ahead(lambda photo: hashlib.blake2b(read(photo.path)).digest(), photos)
-    for photo, digest in zip(photos, digests):
-        name = photo.path.relative_to(root).as_posix()
-        whole.update(repr((name, photo.split, photo.kind, digest)).encode())
-    return whole.hexdigest()
+def digests(photos: list[Photo], root: Path) -> dict[str, str]:
+    """Each photo's name below root -> a digest of its split, kind and bytes."""
+    def digest(photo):
+        about = os.fsencode(f"{photo.split}/{photo.kind}/")
+        return hashlib.blake2b(about + read(photo.path), digest_size=16).hexdigest()
+
+    names = [photo.path.relative_to(root).as_posix() for photo in photos]
+    return dict(zip(names, map(str, ahead(digest, photos))))
 
 
 # Ground truth

@@ -612,7 +612,7 @@ def train_run(job: Job) -> int:
     cfg, defaults = job.cfg, dataclasses.asdict(Config())
     runs.begun_state(job, defaults)                  # another run's folder is refused at once
     photos, n, features, fixed, bad = load_data_set(job)
-    tested = data.fingerprint(photos[n:], job.root)  # now: while it trains, photos may change
+    tested = data.digests(photos[n:], job.root)      # now: while it trains, photos may change
     run = Run(job, defaults)                         # no folder before the photos can be read
     run.hold(**fixed)
     if job.take and not run.state["stage"]:
@@ -620,9 +620,8 @@ def train_run(job: Job) -> int:
     features.mean, features.std = (run.state[name].to(job.device) for name in ("mean", "std"))
     hvq = train_hvq(run, cfg, features, n)
     mim = train_mim(run, cfg, hvq, features, n)
-    paths = {photo.path.relative_to(job.root).as_posix() for photo in photos[n:]}
     if runs.as_first(run.state["stage"] != "done" or run.state.get("tested") != tested
-                     or evaluation.scored_paths(job.out) != paths):
+                     or evaluation.scored_paths(job.out) != tested.keys()):
         run.state["tested"] = tested
         score_photos(run, job, photos, hvq, mim, features)
     if run.writes:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
+import runs  # noqa: E402
 from backbone import place  # noqa: E402
 from data import InputError  # noqa: E402
 
@@ -141,6 +142,13 @@ def tested_photos(scored: evaluation.ScoredRun, category: str):
     if len(photos) < expected:
         raise InputError(f"{scored.folder}: {expected - len(photos)} of the {expected} test photos "
                          f"it scored are no longer in {root / category}; put them back")
+    scored_as = runs.load_finished(scored.folder, "run").get("tested")
+    if isinstance(scored_as, dict):                  # older versions kept one digest of all
+        now = data.digests(photos, root)
+        changed = [name for name in now if scored_as.get(name) != now[name]]
+        if changed:
+            raise InputError(f"{scored.folder}: photos that are not those it scored: "
+                             f"{len(changed)}, such as {changed[0]}; run its train command again")
     return root, photos, maps
 
 

@@ -259,6 +259,11 @@ def all_black(category):
         Image.new("L", (96, 96)).save(file)
 
 
+def replaced(category):
+    test = category / "test"
+    shutil.copy(test / "structural_anomalies/000.png", test / "good/001.png")
+
+
 def holes(run):
     """A NaN among the maps' values."""
     with np.load(run / "maps.npz") as content:
@@ -272,6 +277,8 @@ DAMAGE = {
               "structural_anomalies/000/000.png: all black"),
     "NaN": (lambda root: holes(root / "runs/a"), "missing or damaged"),
     "photos": (lambda root: without(root / "twin-a"), "no longer at"),
+    "replaced": (lambda root: replaced(root / "twin-a/juice_bottle"),
+                 "not those it scored: 1, such as juice_bottle/test/good/001.png"),
     "maps": (lambda root: without(root / "runs/a/maps.npz"), "missing or damaged"),
     "masks": (lambda root: without(root / "twin-a/juice_bottle/ground_truth"), "without g"),
     "good": (lambda root: without(root / "twin-a/juice_bottle/test/good"),
