@@ -737,9 +737,6 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
                          f"{', '.join(known)}; name one")
     cfg = Config(**{field.name: state["config"][field.name] for field in dataclasses.fields(Config)
                     if field.name in state["config"]})
-    if cfg.mask != "block" and "white" not in state:
-        raise InputError(f"{folder}: was scored with --mask {cfg.mask}, which is no longer done; "
-                         "run its train command again, and only the scores are made anew")
     pdn, _ = pdn_from_state(state["pdn"], str(folder))
     hvq, mim = TOKENIZERS[cfg.tokenizer](cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
     hvq.load_state_dict(state["hvq"])
@@ -749,7 +746,7 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     category = category or known[0]
     return Detector(cfg, pdn, hvq, mim, state["mean"].to(device), state["std"].to(device),
                     scoring_masks(cfg, state["config"]["seed"], device),
-                    state["calibration"][category], category, state.get("white", 0))
+                    state["calibration"][category], category, state["white"])
 
 
 def main(argv=None) -> int:

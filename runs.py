@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 
 from data import RENDERED_MARK, InputError, Parser, tell, write_whole
-from options import seed_list, weights_name
+from options import seed_list
 
 try:
     import fcntl
 except ImportError:                      # Windows: two trainings in one folder are not kept apart
     fcntl = None
 
-FORMAT = 3                               # of checkpoint.pt
+FORMAT = 4                               # of checkpoint.pt
 NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two sittings of a run
 # What only the scores depend on, and what the ViT depends on beside all settings that are named
 # mim_...: a run may take over the rest.
@@ -327,20 +327,11 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
         return None
     state = load_checkpoint(file)
     held = defaults | state["config"]
-    held["pdn"] = weights_name(held["pdn"])          # older versions kept it as it was typed
     for name, value in job.config().items():
         if name not in NOT_SETTINGS and held.get(name) != value:
             raise InputError(f"{job.out}: holds a run with {name} = {held.get(name)}, asked for "
                              f"{value}; choose another --out or delete the folder")
     return state
-
-
-def saw_the_same(state: dict, other: dict) -> bool:
-    """Whether two states are of the same training photos and backbone. Older runs have no
-    fingerprint but the moments of their features, which other processors round otherwise."""
-    if "fingerprint" in state and "fingerprint" in other:
-        return state["fingerprint"] == other["fingerprint"]
-    return all(torch.allclose(state[name], other[name], atol=1e-4) for name in ("mean", "std"))
 
 
 class Run:
@@ -382,7 +373,7 @@ class Run:
     def hold(self, **fixed):
         """Puts the backbone, its features' moments and their fingerprint into the state. A run
         that has them keeps them, and goes on only with the same photos and weights."""
-        if "mean" in self.state and not saw_the_same(self.state, fixed):
+        if self.state.get("fingerprint", fixed["fingerprint"]) != fixed["fingerprint"]:
             raise InputError(f"{self.folder}: the training photos or the backbone changed since "
                              "this run began, or another version held out other photos for "
                              "validation; choose another --out or delete the folder")
@@ -393,13 +384,12 @@ class Run:
         HVQ-Trans, or both models."""
         state, mine = load_finished(source, "--take"), self.state["config"]
         held = defaults | state["config"]
-        held["pdn"] = weights_name(held["pdn"])
         differ = {name for name in defaults if held[name] != mine[name]}
         others = {name for name in differ if not name.startswith("mim_")}
         why = ", ".join(sorted(others - SCORE_SETTINGS - VIT_SETTINGS))
         if held["seed"] != self.seed:
             why = why or "its seed"
-        if not saw_the_same(state, self.state):
+        if state["fingerprint"] != self.state["fingerprint"]:
             why = why or "its photos or backbone"
         if why:
             raise InputError(f"--take {source}: differs from this run in {why}; leave the option "

@@ -142,13 +142,11 @@ def tested_photos(scored: evaluation.ScoredRun, category: str):
     if len(photos) < expected:
         raise InputError(f"{scored.folder}: {expected - len(photos)} of the {expected} test photos "
                          f"it scored are no longer in {root / category}; put them back")
-    scored_as = runs.load_finished(scored.folder, "run").get("tested")
-    if isinstance(scored_as, dict):                  # older versions kept one digest of all
-        now = data.digests(photos, root)
-        changed = [name for name in now if scored_as.get(name) != now[name]]
-        if changed:
-            raise InputError(f"{scored.folder}: photos that are not those it scored: "
-                             f"{len(changed)}, such as {changed[0]}; run its train command again")
+    tested = runs.load_finished(scored.folder, "run")["tested"]
+    changed = [name for name, now in data.digests(photos, root).items() if tested.get(name) != now]
+    if changed:
+        raise InputError(f"{scored.folder}: photos that are not those it scored: {len(changed)}, "
+                         f"such as {changed[0]}; run its train command again")
     return root, photos, maps
 
 

@@ -103,16 +103,6 @@ def test_a_file_of_weights_has_one_name(tmp_path, monkeypatch):
     assert setting(options.SHIPPED) == str(tmp_path / "in" / options.SHIPPED)
 
 
-def test_a_run_goes_on_with_its_weights_under_another_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = new_run(tmp_path, pdn="./a.pt")            # as older versions kept it
-    run.save(stage="hvq", epoch=1)
-    run.lock.close()
-    new_run(tmp_path, pdn="a.pt").lock.close()
-    with pytest.raises(InputError, match="pdn = a.pt, asked for b.pt"):
-        new_run(tmp_path, pdn="b.pt")
-
-
 IDLE = [("--codebook ema", "--tokenizer published"), ("--code-dim 8", "--tokenizer published"),
         ("--ema-decay 0.9", "--codebook gradient"), ("--train-block 0.1", "--mask random"),
         ("--train-block 0.1", "--mask checkerboard"), ("--train-ratio 0.3", "--mask checkerboard"),
@@ -236,14 +226,9 @@ def other_processor(monkeypatch):
         moment * (1 + 2e-6) for moment in real(*of)])
 
 
-@pytest.mark.parametrize("version", ["this", "before fingerprints"])
-def test_a_run_goes_on_on_another_processor(trained, photos, version, monkeypatch):
+def test_a_run_goes_on_on_another_processor(trained, photos, monkeypatch):
     """With the moments that it began with."""
     stopped_run(photos, monkeypatch)
-    before = checkpoint(photos / "run")
-    if version != "this":
-        del before["fingerprint"]
-        torch.save(before, photos / "run/checkpoint.pt")
     other_processor(monkeypatch)
     trains("--out", "run", cwd=photos)
     assert learned_the_same(trained[0] / "run", photos / "run")
