@@ -397,7 +397,7 @@ def digests(photos: list[Photo], root: Path) -> dict[str, str]:
         return hashlib.blake2b(about + read(photo.path), digest_size=16).hexdigest()
 
     names = [photo.path.relative_to(root).as_posix() for photo in photos]
-    return dict(zip(names, map(str, ahead(digest, photos))))
+    return dict(zip(names, map(str, ahead(digest, photos))))         # or why it cannot be read
 
 
 # Ground truth
