@@ -183,10 +183,13 @@ def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device) ->
 class Features:
     """What the models see of n photos. seen (n, N, d0), or (n, N, d0 + 48) with patches, as `look`
     gives it; mean and std (d0,) of the training photos standardise each channel; rows (n,): where
-    each photo lies in seen."""
+    each photo lies in seen; numbers (n,): of each photo's category, where each of the `categories`
+    has codebooks of its own."""
 
-    def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None):
-        self.seen, self.device = seen, device
+    def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None,
+                 numbers: torch.Tensor | None = None, categories: int = 1):
+        self.seen, self.device, self.categories = seen, device, categories
+        self.numbers = None if numbers is None else numbers.to(device)
         rows = torch.arange(len(seen)) if rows is None else rows
         self.rows, self.mean, self.std = rows.to(seen.device), mean.to(device), std.to(device)
 
@@ -194,6 +197,16 @@ class Features:
         """(B, N, d0) of the photos numbered by index."""
         rows = self.rows[index.to(self.seen.device)]
         return (self.seen[rows, :, :CHANNELS].to(self.device).float() - self.mean) / self.std
+
+    def own(self, index: torch.Tensor) -> torch.Tensor | None:
+        """(B,), each photo's number of its category, or None where all share the codebooks."""
+        return None if self.numbers is None else self.numbers[index.to(self.device)]
+
+    def by_category(self, n: int) -> list[torch.Tensor]:
+        """Of the first n photos those of each category that has codebooks of its own."""
+        if self.numbers is None:
+            return [torch.arange(n)]
+        return [(self.numbers[:n] == one).nonzero().squeeze(1) for one in range(self.categories)]
 
     def pixels(self, index: torch.Tensor) -> torch.Tensor | None:
         """(B, N, 48), or None where there are no patches."""
@@ -375,4 +388,9 @@ def load_data_set(job: Job):
     mean, std = channel_statistics(seen, rows[:n])
     fixed = {"fingerprint": fingerprint, "pdn": pdn.state_dict(), "mean": mean.cpu(),
              "std": std.cpu(), "white": white}
-    return left, n, Features(seen, mean, std, device, rows), fixed, len(photos) - len(left)
+    numbers, names = None, sorted(job.names)
+    if cfg.category_codes == "own" and len(names) > 1:
+        numbers = torch.tensor([names.index(photo.category) for photo in left])
+    categories = 1 if numbers is None else len(names)
+    features = Features(seen, mean, std, device, rows, numbers, categories)
+    return left, n, features, fixed, len(photos) - len(left)

@@ -34,9 +34,9 @@ import options
 import runs
 from backbone import PATCH, Features, load_data_set, load_pdn, look, pdn_from_state, positions
 from data import InputError
-from kernels import histogram_l1, nearest_code
+from kernels import histogram_l1, nearest_code, nearest_own_code
 from predict import add_options, next_step, predict
-from published import PublishedHVQ
+from published import PublishedHVQ, of_own
 from runs import Job, Progress, Run, add_up, in_precision, processes, seeded, share
 from scores import HVQ_SCORES, MIM_SCORES, histograms
 
@@ -62,6 +62,7 @@ class Config:
     hvq_dropout: float = 0.1           # [HVQ-Trans]
     codebook: str = "gradient"         # equation 7; "ema" [HVQ-Trans]
     ema_decay: float = 0.99            # [HVQ-Trans]
+    category_codes: str = "shared"     # "own": codebooks, output layer each [HVQ-Trans]
     commitment: float = 0.25           # weight of equation 7's commitment term [HVQ-Trans]
     hvq_epochs: int = 1000
     hvq_batch: int = 16
@@ -99,7 +100,7 @@ PRESETS = {
     "paper": {},
     "authors": dict(                   # as their code has it, `published.py`
         tokenizer="published", codebook="ema", hvq_width=64, hvq_batch=8, hvq_score="norm",
-        mim_epochs=1000, mim_layer_scale=1e-4),
+        category_codes="own", mim_epochs=1000, mim_layer_scale=1e-4),
     "fast": dict(                      # the same model, a shorter schedule: one GPU, minutes
         hvq_epochs=200, hvq_lr=4e-4, hvq_score="max", mim_epochs=150, mim_warmup=10, mim_lr=3e-4),
     "tiny": dict(                      # a smaller model: two CPU cores, minutes
@@ -172,13 +173,18 @@ class DecoderBlock(nn.Module):
 # HVQ-Trans: the tokenizer and the structural detector
 
 class HVQ(nn.Module):
-    """Hierarchical vector-quantised transformer. Level l of the paper is index l - 1 here."""
+    """Hierarchical vector-quantised transformer. Level l of the paper is index l - 1 here.
 
-    def __init__(self, cfg: Config, d0: int):
+    With C `categories` each has K codes and an output layer of its own. Then `own` (B,) is the
+    number of each photo's category; code k of category c is number c K + k of its level.
+    """
+
+    def __init__(self, cfg: Config, d0: int, categories: int = 1):
         super().__init__()
         n, d, dq, levels = cfg.grid ** 2, cfg.hvq_width, cfg.code_dim, cfg.levels
         heads, drop = cfg.hvq_heads, cfg.hvq_dropout
         self.levels, self.commitment = levels, cfg.commitment
+        self.categories, self.size, codes = categories, cfg.codes, categories * cfg.codes
         self.ema, self.ema_decay = cfg.codebook == "ema", cfg.ema_decay
         self.embed = nn.Linear(d0, d)
         self.positions = nn.Parameter(0.02 * torch.randn(n, d))
@@ -186,17 +192,17 @@ class HVQ(nn.Module):
         # The top level sees h^L, every other one h^l and z^L.
         seen = [d + dq] * (levels - 1) + [d]
         self.psi = nn.ModuleList(nn.Linear(width, dq) for width in seen)
-        self.codebooks = nn.Parameter(torch.randn(levels, cfg.codes, dq),           # b^l_j
+        self.codebooks = nn.Parameter(torch.randn(levels, codes, dq),               # b^l_j
                                       requires_grad=not self.ema)
         self.query = nn.Linear(dq, d)
         self.query_positions = nn.Parameter(0.02 * torch.randn(n, d))
         self.lift = nn.ModuleList(nn.Linear(dq, d) for _ in range(levels))
         self.decoder = nn.ModuleList(DecoderBlock(d, heads, drop) for _ in range(levels))
-        self.out = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d0))
+        self.out = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, categories * d0))
         # How often each code was used this epoch, and the running sums of the EMA codebook.
-        self.register_buffer("used", torch.zeros(levels, cfg.codes))
-        self.register_buffer("ema_count", torch.zeros(levels, cfg.codes))
-        self.register_buffer("ema_sum", torch.zeros(levels, cfg.codes, dq))
+        self.register_buffer("used", torch.zeros(levels, codes))
+        self.register_buffer("ema_count", torch.zeros(levels, codes))
+        self.register_buffer("ema_sum", torch.zeros(levels, codes, dq))
 
     def encode(self, h0):
         """h0 (B, N, d0) -> [h^1 .. h^L], each (B, N, d)."""
@@ -206,7 +212,7 @@ class HVQ(nn.Module):
             h.append(x)
         return h
 
-    def quantise(self, h):
+    def quantise(self, h, own=None):
         """Equations 3 and 4, the top level first. -> what each psi^l gives and z^l, which carries
         straight-through gradients, L tensors (B, N, dq) each, and the codes i (B, L, N)."""
         top = self.levels - 1
@@ -214,31 +220,31 @@ class HVQ(nn.Module):
         for level in (top, *range(top)):
             seen = h[top] if level == top else torch.cat([h[level], z[top]], -1)
             psi[level] = self.psi[level](seen)
-            flat = psi[level].detach().float().flatten(0, 1)         # (B*N, dq)
-            index, _ = nearest_code(flat, self.codebooks[level].detach().float())
-            codes[level] = index.view(seen.shape[:2])                # i^l = argmin_j ||psi - b_j||
+            books = self.codebooks[level].detach().float().split(self.size)
+            # i^l = argmin_j ||psi - b_j||, (B, N)
+            codes[level] = nearest_own_code(psi[level].detach().float(), books, own)
             nearest = self.codebooks[level][codes[level]]            # (B, N, dq)
             z[level] = psi[level] + (nearest - psi[level]).detach()
         return psi, z, torch.stack(codes, 1)
 
-    def decode(self, z):
+    def decode(self, z, own=None):
         """Equation 5: z -> rebuilt h0 (B, N, d0); levels are consumed from deep to shallow. Cross-
         attention has no order of its own, so the codes get positions: otherwise a token could not
         find its own code."""
         x = self.query_positions + self.query(z[-1])
         for level in reversed(range(self.levels)):
             x = self.decoder[level](x, self.lift[level](z[level]) + self.query_positions)
-        return self.out(x)
+        return of_own(self.out(x), self.categories, own)
 
-    def forward(self, h0):
-        """h0 (B, N, d0) -> rebuilt h0 (B, N, d0), codes (B, L, N)."""
-        _, z, codes = self.quantise(self.encode(h0))
-        return self.decode(z), codes
+    def forward(self, h0, own=None):
+        """h0 (B, N, d0) -> rebuilt h0 (B, N, d0), codes (B, L, N), each below K."""
+        _, z, codes = self.quantise(self.encode(h0), own)
+        return self.decode(z, own), codes.fmod(self.size)            # -1, for NaN, stays
 
-    def loss(self, h0):
+    def loss(self, h0, own=None):
         """Equation 7: feature error, and for every level the codebook and the commitment term."""
-        psi, z, codes = self.quantise(self.encode(h0))
-        loss = F.mse_loss(self.decode(z), h0)
+        psi, z, codes = self.quantise(self.encode(h0), own)
+        loss = F.mse_loss(self.decode(z, own), h0)
         for level in range(self.levels):
             nearest = self.codebooks[level][codes[:, level]]
             loss = loss + self.commitment * F.mse_loss(psi[level], nearest.detach())
@@ -267,12 +273,13 @@ class HVQ(nn.Module):
             self.codebooks.copy_(torch.where(seen, mean, self.codebooks))
 
     @torch.no_grad()
-    def start_codebooks(self, h0, generator, rounds=5):
-        """Codebooks start as k-means of the vectors that the untrained encoder sends them. h0
-        (B, N, d0)."""
-        h, top, codes = self.encode(h0), self.levels - 1, self.codebooks.shape[1]
+    def start_codebooks(self, h0, generator, category=0, rounds=5):
+        """A category's codebooks start as k-means of the vectors that the untrained encoder sends
+        them. h0 (B, N, d0) of its photos."""
+        h, top, codes = self.encode(h0), self.levels - 1, self.size
+        own, span = torch.full((len(h0),), category, device=h0.device), self.span(category)
         for level in (top, *range(top)):
-            psi = self.quantise(h)[0][level].flatten(0, 1)           # (B*N, dq)
+            psi = self.quantise(h, own)[0][level].flatten(0, 1)      # (B*N, dq)
             pick = torch.randint(len(psi), (codes,), generator=generator).to(psi.device)
             codebook = psi[pick].clone()
             for _ in range(rounds):
@@ -280,21 +287,27 @@ class HVQ(nn.Module):
                 count = torch.bincount(index, minlength=codes)[:, None]
                 total = torch.zeros_like(codebook).index_add_(0, index, psi)
                 codebook = torch.where(count > 0, total / count.clamp(min=1), codebook)
-            self.codebooks[level].copy_(codebook)
-            self.ema_count[level] = 1
-            self.ema_sum[level] = codebook
+            self.codebooks[level, span] = codebook
+            self.ema_count[level, span] = 1
+            self.ema_sum[level, span] = codebook
 
     @torch.no_grad()
-    def revive(self, h0, generator):
-        """Codes that nobody used this epoch take the place of random vectors. h0 (B, N, d0)."""
-        psi, _, _ = self.quantise(self.encode(h0))
+    def revive(self, h0, generator, category=0):
+        """A category's codes that nobody used this epoch take the place of random vectors. h0
+        (B, N, d0) of its photos."""
+        own, span = torch.full((len(h0),), category, device=h0.device), self.span(category)
+        psi, _, _ = self.quantise(self.encode(h0), own)
         for level in range(self.levels):
-            flat, count = psi[level].flatten(0, 1), self.ema_count[level]
+            flat, count = psi[level].flatten(0, 1), self.ema_count[level, span]
             pick = torch.randint(len(flat), (len(count),), generator=generator).to(flat.device)
-            dead = self.used[level] == 0
-            for codes in (self.codebooks[level], self.ema_sum[level]):
+            dead = self.used[level, span] == 0
+            for codes in (self.codebooks[level, span], self.ema_sum[level, span]):
                 codes.copy_(torch.where(dead[:, None], flat[pick], codes))
             count.copy_(torch.where(dead, torch.ones_like(count), count))
+
+    def span(self, category: int) -> slice:
+        """Where a category's codes lie in each codebook."""
+        return slice(category * self.size, (category + 1) * self.size)
 
 
 def usage(used: torch.Tensor):
@@ -456,13 +469,15 @@ def descend(optimizer, loss, mine, batch, clip: float):
 def train_hvq(run: Run, cfg: Config, photos: Features, n: int) -> HVQ:
     """Trains HVQ-Trans on the first n photos, by equation 7."""
     torch.manual_seed(run.seed)
-    hvq = TOKENIZERS[cfg.tokenizer](cfg, len(photos.mean)).to(photos.device)
+    hvq = TOKENIZERS[cfg.tokenizer](cfg, len(photos.mean), photos.categories).to(photos.device)
     if run.has_trained("hvq", hvq):
         return hvq
     revival = cfg.tokenizer == "paper"
     if revival and not run.state["stage"]:
         rng = seeded(run.seed, "codebooks")
-        hvq.start_codebooks(photos.h0(torch.randperm(n, generator=rng)[:64]), rng)
+        for category, index in enumerate(photos.by_category(n)):
+            some = index[torch.randperm(len(index), generator=rng)[:64]]
+            hvq.start_codebooks(photos.h0(some), rng, category)
     optimizer = adamw(hvq, cfg.hvq_lr, cfg.hvq_weight_decay)
     first = run.resume("hvq", cfg.hvq_epochs, hvq, optimizer)
     drop = cfg.hvq_drop_at * cfg.hvq_epochs          # from this epoch on, the rate is low
@@ -475,17 +490,20 @@ def train_hvq(run: Run, cfg: Config, photos: Features, n: int) -> HVQ:
             for batch in torch.randperm(n, generator=rng).to(photos.device).split(cfg.hvq_batch):
                 mine = share(batch)                  # may be empty: codes are counted together
                 with in_precision(cfg.precision, photos.device):
-                    loss = hvq.loss(photos.h0(mine))
+                    loss = hvq.loss(photos.h0(mine), photos.own(mine))
                 total += descend(optimizer, loss, mine, batch, cfg.hvq_clip)
             loss = run.mean_loss("hvq", epoch, total, n)
-            used, perplexity = usage(hvq.used)
+            used, perplexity = usage(hvq.used.view(-1, cfg.codes))   # level by level
             if revival and 1 in used and cfg.codes > 1:      # all its histograms are the same
-                raise InputError(f"hvq training: level {used.index(1) + 1} uses one code in epoch "
-                                 f"{epoch + 1}; the last good checkpoint is kept; try --codebook "
-                                 "ema, a smaller --hvq-lr or more training photos")
+                level = used.index(1) // photos.categories + 1
+                raise InputError(f"hvq training: level {level} uses one code in epoch {epoch + 1}; "
+                                 "the last good checkpoint is kept; try --codebook ema, a smaller "
+                                 "--hvq-lr or more training photos")
             if revival and epoch < drop - 1:         # later, a new code could not settle any more
                 rng = seeded(run.seed, "revive", epoch)
-                hvq.revive(photos.h0(torch.randperm(n, generator=rng)[:cfg.hvq_batch]), rng)
+                for category, index in enumerate(photos.by_category(n)):
+                    some = index[torch.randperm(len(index), generator=rng)[:cfg.hvq_batch]]
+                    hvq.revive(photos.h0(some), rng, category)
             hvq.used.zero_()
             run.end_epoch("hvq", epoch + 1, loss, hvq, optimizer, codes_used=used,
                           perplexity=perplexity)
@@ -509,7 +527,7 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
         return mim
     with torch.inference_mode(), in_precision(cfg.precision, device):
         for batch in torch.arange(n, device=device).split(cfg.hvq_batch):
-            codes.append(hvq(photos.h0(batch))[1].to(torch.int16))
+            codes.append(hvq(photos.h0(batch), photos.own(batch))[1].to(torch.int16))
     codes = torch.cat(codes)                                         # (n, L, N)
     optimizer = adamw(mim, cfg.mim_lr, cfg.mim_weight_decay)
     first = run.resume("mim", cfg.mim_epochs, mim, optimizer)
@@ -543,15 +561,17 @@ class Errors:
 
 
 @torch.inference_mode()
-def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, budget: int = 0) -> Errors:
-    """h0 (B, N, d0), masks (M, N), pixels (B, N, 48) where they are the target. budget: bytes that
-    one activation of the ViT may take; by default a CPU's cache, or what fills a GPU."""
+def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, own=None,
+           budget: int = 0) -> Errors:
+    """h0 (B, N, d0), masks (M, N), pixels (B, N, 48) where they are the target, own (B,) as HVQ has
+    it. budget: bytes that one activation of the ViT may take; by default a CPU's cache, or what
+    fills a GPU."""
     budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
     width = max(cfg.mim_width, 0 if cfg.target == "histogram" else mim.head.out_features)
     step = max(1, budget // (len(h0) * h0.shape[1] * width * 4))     # masks at once
     histogram = []                                   # only a score that learns needs them
     with in_precision(cfg.precision, h0.device):
-        rebuilt, codes = hvq(h0)
+        rebuilt, codes = hvq(h0, own)
         codes, l1 = codes.to(torch.int16), []
         for some in masks.split(step):
             output = mim(h0, some)
@@ -564,7 +584,8 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, budget: int 
 
 
 OPTIONS = {"tokenizer": TOKENIZERS, "precision": ("fp32", "bf16"), "codebook": ("gradient", "ema"),
-           "mask": MASKS, "target": TARGETS, "hvq_score": HVQ_SCORES, "mim_score": MIM_SCORES}
+           "category_codes": ("shared", "own"), "mask": MASKS, "target": TARGETS,
+           "hvq_score": HVQ_SCORES, "mim_score": MIM_SCORES}
 
 
 def kept_errors(cfg: Config, errors: Errors) -> list[torch.Tensor]:
@@ -667,7 +688,8 @@ def all_errors(hvq: HVQ, mim: ViT, cfg: Config, photos: Features, index, masks, 
     kept = None
     for start in range(0, len(index), batch)[rank::size]:
         some = index[start:start + batch].to(masks.device)
-        found = errors(hvq, mim, cfg, photos.h0(some), masks, photos.pixels(some))
+        found = errors(hvq, mim, cfg, photos.h0(some), masks, photos.pixels(some),
+                       photos.own(some))
         new = kept_errors(cfg, found)
         kept = kept or [part.new_zeros(len(index), *part.shape[1:]) for part in new]
         for part, values in zip(kept, new):
@@ -690,6 +712,9 @@ def train(args) -> int:
         with runs.first_process_first():
             root, names = data.find_data(args.data, args.category)
         jobs = runs.asked_jobs(args, cfg, preset, root, names, device)
+        if "category_codes" in typed and len(jobs[0].names) == 1:
+            raise InputError(f"--category-codes {cfg.category_codes}: does nothing beside one "
+                             "category a run; leave it out")
         return max([train_run(job) for job in jobs])
 
 
@@ -708,6 +733,7 @@ class Detector:
     normal: dict                       # `learn_normal` of the category
     category: str
     white: int                         # of photos of more than 8 bits, as in training
+    number: int = 0                    # of the category among those with codebooks of their own
 
     def look(self, images: np.ndarray):
         """images (B, H, W, 3) uint8, as data.load_image gives them -> h0 (B, N, d0), and pixels
@@ -717,12 +743,16 @@ class Detector:
         photos = Features(seen, self.mean, self.std, device)
         return photos.h0(index), photos.pixels(index)
 
+    def own(self, h0):
+        """What HVQ wants beside h0."""
+        return torch.full((len(h0),), self.number, device=h0.device)
+
     @torch.inference_mode()
     def __call__(self, images: np.ndarray):
         """images as for `look` -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat map (B, N), the
         sum of both standardised maps."""
         h0, pixels = self.look(images)
-        found = errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels)
+        found = errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels, self.own(h0))
         kept = [part.cpu() for part in kept_errors(self.cfg, found)]
         s = standardise(self.normal, judge(self.cfg, kept, self.masks.cpu(), self.normal))
         return s["hvq"], s["mim"], s["score"], s["heat"].numpy()
@@ -738,15 +768,17 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     cfg = Config(**{field.name: state["config"][field.name] for field in dataclasses.fields(Config)
                     if field.name in state["config"]})
     pdn, _ = pdn_from_state(state["pdn"], str(folder))
-    hvq, mim = TOKENIZERS[cfg.tokenizer](cfg, len(state["mean"])), ViT(cfg, len(state["mean"]))
+    category, d0 = category or known[0], len(state["mean"])
+    categories = len(known) if cfg.category_codes == "own" else 1
+    hvq, mim = TOKENIZERS[cfg.tokenizer](cfg, d0, categories), ViT(cfg, d0)
     hvq.load_state_dict(state["hvq"])
     mim.load_state_dict(state["mim"])
     for model in (pdn, hvq, mim):
         model.to(device).eval().requires_grad_(False)
-    category = category or known[0]
     return Detector(cfg, pdn, hvq, mim, state["mean"].to(device), state["std"].to(device),
                     scoring_masks(cfg, state["config"]["seed"], device),
-                    state["calibration"][category], category, state["white"])
+                    state["calibration"][category], category, state["white"],
+                    known.index(category))
 
 
 def main(argv=None) -> int:

@@ -14,7 +14,7 @@ differs in what it quantises, in width, in its codebooks and in its blocks:
 
 Three things are not theirs: dropout acts on the branches only, not on attention weights, which
 makes a CPU's step long; a codebook moves once a batch of B photos, by 0.99^B, not once a photo; and
-there is one set of codebooks and one output layer, where theirs has one a category.
+only categories that are trained together have codebooks and an output layer each.
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import nearest_code
+from kernels import nearest_own_code
 from runs import add_up
 
 FFN = 1024                             # width of each feed-forward's middle
@@ -50,45 +50,54 @@ class Layer(nn.Module):
         return self.norms[-1](x + self.drop(self.ffn(x)))
 
 
-class Codebook(nn.Module):
-    """K codes that follow the running mean of the vectors nearest to them."""
+def of_own(x, categories: int, own):
+    """x (B, N, C d0), own (B,) the number of each photo's category -> its part (B, N, d0)."""
+    x = x.unflatten(-1, (categories, -1))
+    return x.squeeze(2) if categories == 1 else x[torch.arange(len(x), device=x.device), :, own]
 
-    def __init__(self, codes: int, width: int, decay: float):
+
+class Codebook(nn.Module):
+    """K codes a category that follow the running mean of the vectors nearest to them."""
+
+    def __init__(self, codes: int, width: int, decay: float, categories: int = 1):
         super().__init__()
-        self.decay = decay
-        self.register_buffer("codes", torch.randn(codes, width))
-        self.register_buffer("count", torch.zeros(codes))
+        self.decay, self.size = decay, codes
+        self.register_buffer("codes", torch.randn(categories * codes, width))
+        self.register_buffer("count", torch.zeros(categories * codes))
         self.register_buffer("total", self.codes.clone())
 
-    def forward(self, x):
+    def forward(self, x, own=None):
         """x (B, N, width) -> z (B, N, width) with straight-through gradients, and codes (B, N)."""
-        index, _ = nearest_code(x.detach().float().flatten(0, 1), self.codes)
-        index = index.view(x.shape[:2])
+        index = nearest_own_code(x.detach().float(), self.codes.split(self.size), own)
         return x + (self.codes[index] - x).detach(), index
 
     @torch.no_grad()
-    def follow(self, x, index):
+    def follow(self, x, index, own=None):
         """Moves the codes towards x (B, N, width), whose codes are index (B, N). -> how often each
-        code was used, (K,)."""
+        code was used, (C K,)."""
         flat = index.flatten().clamp(min=0)                          # -1 where the loss is NaN
         count = torch.zeros_like(self.count).index_add_(0, flat, torch.ones_like(flat).float())
         total = torch.zeros_like(self.total).index_add_(0, flat, x.flatten(0, 1).float())
-        photos = torch.full((1,), float(len(x)), device=x.device)
+        own = index.new_zeros(len(x)) if own is None else own
+        photos = torch.bincount(own, minlength=len(count) // self.size).float()      # (C,)
         add_up([count, total, photos])
-        keep = self.decay ** photos
+        keep, photos = (part.repeat_interleave(self.size) for part in
+                         (self.decay ** photos, photos.clamp(min=1)))
         self.count.mul_(keep).add_(count * (1 - keep) / photos)
-        self.total.mul_(keep).add_(total * (1 - keep) / photos)
-        n, eps = self.count.sum(), 1e-5
-        smooth = (self.count + eps) / (n + len(count) * eps) * n     # no code's count is zero
-        self.codes.copy_(self.total / smooth[:, None])
+        self.total.mul_(keep[:, None]).add_(total * (1 - keep)[:, None] / photos[:, None])
+        n, eps = self.count.view(-1, self.size).sum(1).repeat_interleave(self.size), 1e-5
+        smooth = (self.count + eps) / (n + self.size * eps) * n      # no code's count is zero
+        seen = (n > 0)[:, None]                      # of a category that had a photo
+        self.codes.copy_(torch.where(seen, self.total / smooth[:, None], self.codes))
         return count
 
 
 class PublishedHVQ(nn.Module):
     """Made and used like `ladmim.HVQ`. cfg: `ladmim.Config`, where hvq_width is d = 64."""
 
-    def __init__(self, cfg, d0: int):
+    def __init__(self, cfg, d0: int, categories: int = 1):
         super().__init__()
+        self.categories, self.size = categories, cfg.codes
         d, levels, heads, drop = cfg.hvq_width, cfg.levels, cfg.hvq_heads, cfg.hvq_dropout
         self.commitment = cfg.commitment
         self.embed = nn.Linear(d0, d)
@@ -96,45 +105,45 @@ class PublishedHVQ(nn.Module):
         self.columns = nn.Parameter(torch.rand(cfg.grid, d - d // 2))
         self.encoder = nn.ModuleList(Layer(d, heads, drop, 1) for _ in range(levels))
         # The condition's codebook is the last one.
-        self.books = nn.ModuleList(Codebook(cfg.codes, width, cfg.ema_decay)
+        self.books = nn.ModuleList(Codebook(cfg.codes, width, cfg.ema_decay, categories)
                                    for width in [2 * d] * levels + [d])
         self.decoder = nn.ModuleList(Layer(2 * d, heads, drop, 2) for _ in range(levels))
-        self.norm, self.out = nn.LayerNorm(2 * d), nn.Linear(2 * d, d0)
-        self.register_buffer("used", torch.zeros(levels + 1, cfg.codes))   # this epoch
+        self.norm, self.out = nn.LayerNorm(2 * d), nn.Linear(2 * d, categories * d0)
+        self.register_buffer("used", torch.zeros(levels + 1, categories * cfg.codes))  # this epoch
 
     def positions(self):
         """(N, d): a token's column, then its row."""
         grid = len(self.rows)
         return torch.cat([self.columns.repeat(grid, 1), self.rows.repeat_interleave(grid, 0)], -1)
 
-    def quantise(self, h0):
+    def quantise(self, h0, own=None):
         """h0 (B, N, d0) -> x what each codebook sees, z and codes: L of the levels [h^0, z^L] ..
         [h^(L-1), z^L], then the condition's."""
         h, positions = [self.embed(h0)], self.positions()
         for layer in self.encoder:
             h.append(layer(h[-1], positions))
-        condition, index = self.books[-1](h[-1])
+        condition, index = self.books[-1](h[-1], own)
         x = [torch.cat([level, condition], -1) for level in h[:-1]]
-        z, codes = zip(*(book(level) for book, level in zip(self.books, x)))
+        z, codes = zip(*(book(level, own) for book, level in zip(self.books, x)))
         return [*x, h[-1]], [*z, condition], [*codes, index]
 
-    def decode(self, z):
+    def decode(self, z, own=None):
         """z: L tensors (B, N, 2 d) -> rebuilt h0 (B, N, d0), from the deep level to the local."""
         x, positions = z[-1], self.positions().repeat(1, 2)
         for layer, level in zip(self.decoder, reversed(z)):
             x = layer(x, positions, level)
-        return self.out(self.norm(x))
+        return of_own(self.out(self.norm(x)), self.categories, own)
 
-    def forward(self, h0):
+    def forward(self, h0, own=None):
         """h0 (B, N, d0) -> rebuilt h0 (B, N, d0), codes (B, L, N); level 1 is [h^0, z^L]."""
-        _, z, codes = self.quantise(h0)
-        return self.decode(z[:-1]), torch.stack(codes[:-1], 1)
+        _, z, codes = self.quantise(h0, own)
+        return self.decode(z[:-1], own), torch.stack(codes[:-1], 1).fmod(self.size)
 
-    def loss(self, h0):
+    def loss(self, h0, own=None):
         """Feature error, and the commitment of what every codebook sees."""
-        x, z, codes = self.quantise(h0)
-        loss = F.mse_loss(self.decode(z[:-1]), h0)
+        x, z, codes = self.quantise(h0, own)
+        loss = F.mse_loss(self.decode(z[:-1], own), h0)
         for used, seen, book, index in zip(self.used, x, self.books, codes):
             loss = loss + self.commitment * F.mse_loss(seen, book.codes[index])
-            used += book.follow(seen, index)
+            used += book.follow(seen, index, own)
         return loss

@@ -42,7 +42,7 @@ ABLATIONS = {
     "scoring": {"": {}}, "combine": TARGETS, "masking": MASKS, "target": TARGETS,
     "width": {f"{factor:g} times the preset's mim_width": {"mim_width": factor}
               for factor in (0.25, 0.5, 1, 2)},
-    "multi": {"each alone": {}, "one model": {}},
+    "multi": {"each alone": {}, "one model": {}, "one model, own codes": {"category_codes": "own"}},
     "score": {**FORMS, "HVQ deviations, MIM whitened, masks of 230 of 576": {
         **FORMS["HVQ deviations, MIM whitened"], "score_ratio": 230 / 576,
         "score_block": 92 / 576}},
@@ -78,7 +78,8 @@ def train_row(job: runs.Job, settings: dict) -> Path:
     row = ",".join(f"{name}={value}" for name, value in settings.items())
     out = (ordinary.parents[1] / "ablations" / ordinary.parent.name
            / f"{job.category}-{job.preset}-{row}-seed{job.seed}")
-    return train(replace(job, cfg=replace(job.cfg, **settings), out=out, take=ordinary))
+    take = None if "category_codes" in settings else ordinary        # HVQ-Trans is another one
+    return train(replace(job, cfg=replace(job.cfg, **settings), out=out, take=take))
 
 
 def ablate(name: str, args) -> dict:
@@ -92,7 +93,7 @@ def ablate(name: str, args) -> dict:
         if args.mim_epochs:
             settings = {**settings, "mim_epochs": args.mim_epochs}
         alone = {one: [one] for one in categories}
-        groups = {whole: categories} if args.together or label == "one model" else alone
+        groups = {whole: categories} if args.together or label.startswith("one model") else alone
         for seed, called in itertools.product(args.seeds, groups):
             job = runs.Job(usual, args.preset, root, groups[called], device, seed, called)
             job.out = args.runs / root.resolve().name / job.out.name

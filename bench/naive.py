@@ -31,9 +31,9 @@ def features(detector, paths):
     return detector.look(np.stack(images))[0]
 
 
-def nearest_code(x, codebook):
-    """All distances (T, K), then the smallest: the usual way of vector quantisation."""
-    return torch.cdist(x, codebook).argmin(1), None
+def nearest_own_code(x, codebooks, own):
+    """All distances (B, N, K), then the smallest: the usual way of vector quantisation."""
+    return torch.cdist(x, codebooks[0]).argmin(2)
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def count(hvq, psi, codes):
 
 
 def hvq_loss(detector, paths):
-    with (patch.object(ladmim, "nearest_code", nearest_code),
+    with (patch.object(ladmim, "nearest_own_code", nearest_own_code),
           patch.object(ladmim.HVQ, "count", count)):
         return detector.hvq.loss(features(detector, paths))
 
@@ -77,7 +77,7 @@ def vit(mim, h0, mask):
 def mim_loss(detector, paths, mask):
     """mask (B, N): one a photo. The frozen tokenizer is asked for the codes in every step."""
     h0 = features(detector, paths)
-    with torch.no_grad(), patch.object(ladmim, "nearest_code", nearest_code):
+    with torch.no_grad(), patch.object(ladmim, "nearest_own_code", nearest_own_code):
         codes = detector.hvq(h0)[1]
     return histogram_l1(vit(detector.mim, h0, mask), codes, mask).mean()
 
@@ -91,7 +91,7 @@ def score(detector, path, every_mask=True):
     for mask in detector.masks:
         if every_mask or h0 is None:
             h0 = features(detector, [path])
-            with patch.object(ladmim, "nearest_code", nearest_code):
+            with patch.object(ladmim, "nearest_own_code", nearest_own_code):
                 rebuilt, codes = detector.hvq(h0)
         distances.append(histogram_l1(vit(detector.mim, h0, mask[None]), codes, mask[None]))
     return (h0 - rebuilt).square().mean(), torch.cat(distances).mean()

@@ -127,7 +127,7 @@ def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
     """The paper's Figure 5: photo, heat map, the mask that saw most, the histograms it compared."""
     cfg, masks, small = detector.cfg, detector.masks, photo.thumbnail(detector.white)
     h0, pixels = detector.look(data.load_image(photo.path, cfg.image_size, detector.white)[None])
-    _, codes = detector.hvq(h0)
+    _, codes = detector.hvq(h0, detector.own(h0))
     output = detector.mim(h0, masks)
     error = ladmim.mim_error(detector.mim, output, h0, masks, codes.to(torch.int16), pixels)[0]
     worst = int(error.argmax())

@@ -44,6 +44,21 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     return _nearest_code(x.detach(), codebook.detach())
 
 
+def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None) -> torch.Tensor:
+    """`nearest_code` where each photo has one of C codebooks. x (B, N, D), codebooks C of (K, D),
+    own (B,): the number of each photo's -> (B, N), own K + index, or -1 for NaN or inf. Searched
+    are all C: to sort out the photos, a GPU would have to be waited for."""
+    flat, index = x.flatten(0, 1), None
+    for number, codebook in enumerate(codebooks):
+        found = nearest_code(flat, codebook)[0].view(x.shape[:2])
+        if index is None:
+            index = found
+        else:
+            mine = (own == number)[:, None] & (found >= 0)
+            index = torch.where(mine, found + number * len(codebook), index)
+    return index
+
+
 @torch.library.custom_op("ladmim::nearest_code", mutates_args=())
 def _nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x, codebook = x.contiguous(), codebook.contiguous()
@@ -96,7 +111,7 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
         _, inside, member = _best_two(grouped[rows[:r], :, group])  # in the best group, (r, K / G)
         error = unit * longest * (torch.linalg.vector_norm(shifted[:r], dim=1) + longest)
         doubtful[span] = ~(best - torch.maximum(runner, inside) > 2 * error)  # true for NaN, too
-        index[span] = member * G + group
+        index[span] = (member * G + group).clamp_max_(K - 1)  # inf may find a column of padding
         distance[span] = _squared_distance(block, codes, index[span])
     for again in doubtful.nonzero().squeeze(1).split(R):
         block = x[again].float()

@@ -107,7 +107,7 @@ def test_ctrl_c_is_no_traceback(small, monkeypatch, capsys):
     assert "goes on" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, rows", [("masking", 7), ("width", 4), ("multi", 2)])
+@pytest.mark.parametrize("name, rows", [("masking", 7), ("width", 4), ("multi", 3)])
 def test_the_other_ablations(small, monkeypatch, name, rows):
     short = {**SETTINGS, "grid": 12, "hvq_epochs": 1, "mim_epochs": 1}
     monkeypatch.setitem(ladmim.PRESETS, "tiny", short)

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+import kernels
 import ladmim
 from runs import seeded
 
@@ -84,12 +85,12 @@ def test_plain_torch_stands_in_the_kernels_places(monkeypatch):
     cfg = ladmim.Config(image_size=61, grid=4, codes=8, hvq_width=16, mim_width=16, mim_blocks=1,
                         masks=2, hvq_batch=1, mim_batch=1)
     steps = bench.kernel_steps(naive.make_detector(cfg, torch.device("cpu")), "cpu")
-    used = {"train HVQ-Trans": {"nearest_code"}, "train ViT": {"histogram_l1"},
-            "score": {"nearest_code", "histogram_l1"}}
+    used = {"train HVQ-Trans": {"nearest_own_code"}, "train ViT": {"histogram_l1"},
+            "score": {"nearest_own_code", "histogram_l1"}}
     assert steps.keys() == used.keys()
     for step, ways in steps.items():
         for way, expected in (("plain torch", set()), ("ours", used[step])):
-            spies = {name: Mock(wraps=getattr(bench, name)) for name in used["score"]}
+            spies = {name: Mock(wraps=getattr(kernels, name)) for name in used["score"]}
             for name, spy in spies.items():
                 monkeypatch.setattr(ladmim, name, spy)
             ways[way][1]()

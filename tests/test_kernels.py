@@ -177,8 +177,9 @@ def test_rows_and_codes_that_are_not_finite():
     x, codebook = normal(80, 10).to(DEVICE), normal(70, 10, seed=1).to(DEVICE)
     x[3, 2], x[7, 1], x[70, 9] = torch.nan, torch.inf, -torch.inf
     some = codebook.index_fill(0, torch.tensor([0, 69], device=DEVICE), torch.nan)
-    for codes in (codebook, some):
-        codes[5, 5] = torch.inf
+    broken = codebook.clone()
+    broken[5, 5] = some[5, 5] = torch.inf
+    for codes in (codebook, broken, some):
         index, squared = nearest_code(x, codes)
         expected = nearest_code_reference(x.cpu(), codes.cpu())
         assert torch.equal(index.cpu(), expected[0])

@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_leaves
 import ladmim
 import runs
 from backbone import CHANNELS, Features
-from kernels import histogram_l1
+from kernels import histogram_l1, nearest_own_code
 from ladmim import HVQ, PRESETS, Config, ViT
 from runs import seeded
 
 SMALL = Config(grid=6, codes=16, code_dim=8, hvq_width=32, hvq_heads=2, hvq_dropout=0.0,
                mim_width=32, mim_heads=2, mim_blocks=3, mim_dropout=0.0, masks=5)
-D0 = 24
+EMA, D0 = dataclasses.replace(SMALL, codebook="ema"), 24
 
 
 def features(n, seed=0, cfg=SMALL):
@@ -150,13 +150,13 @@ def test_perplexity_against_its_definition():
 
 def test_bf16_searches_codes_in_fp32_and_stays_near(monkeypatch):
     hvq, mim = models()
-    h0, searched, real = features(4), [], ladmim.nearest_code
+    h0, searched, real = features(4), [], ladmim.nearest_own_code
 
-    def watched(x, b):
-        searched.append((x, b))
-        return real(x, b)
+    def watched(x, books, own):
+        searched.append((x, *books))
+        return real(x, books, own)
 
-    monkeypatch.setattr(ladmim, "nearest_code", watched)
+    monkeypatch.setattr(ladmim, "nearest_own_code", watched)
     with ladmim.in_precision("bf16", h0.device):
         psi, _, codes = hvq.quantise(hvq.encode(h0))
         logits = mim(h0, ladmim.draw_masks(SMALL, 5, seeded(0), scoring=True))
@@ -168,6 +168,67 @@ def test_bf16_searches_codes_in_fp32_and_stays_near(monkeypatch):
         assert torch.equal(distance.argmin(-1), codes[:, level])
     exact = hvq.loss(h0)
     assert 0 < abs(float(rough.detach() - exact.detach())) < 0.02 * float(exact.detach())
+
+
+@pytest.mark.parametrize("categories", [1, 2, 5])
+def test_each_photo_is_searched_in_its_own_codebook(categories):
+    torch.manual_seed(0)
+    x, books = torch.randn(6, 10, 8), torch.randn(categories, 7, 8)
+    x[3, 4], x[0, 0, 0] = math.nan, math.inf
+    own = torch.tensor([4, 0, 1, 1, 3, 0]) % categories
+    index = nearest_own_code(x, books, own if categories > 1 else None)
+    for photo, number, found in zip(x.double(), own.tolist(), index):
+        nearest = (photo[:, None] - books[number]).square().sum(-1).argmin(-1)
+        expected = torch.where(photo.isfinite().all(-1), nearest + 7 * number, -1)
+        assert torch.equal(found, expected)
+
+
+def one_categorys(hvq, number):
+    """An HVQ of one category with what hvq, of several, has for category `number`."""
+    single, state = HVQ(EMA, D0), hvq.state_dict()
+    for name in ("codebooks", "used", "ema_count", "ema_sum"):
+        state[name] = state[name][:, hvq.span(number)]
+    for name in ("out.1.weight", "out.1.bias"):
+        state[name] = state[name].view(hvq.categories, D0, -1)[number].view(
+            single.state_dict()[name].shape)
+    single.load_state_dict(state)
+    return single
+
+
+def test_categories_with_codes_of_their_own_are_models_of_one_category():
+    """Codes, rebuilt features, loss, running means, the k-means start and revival."""
+    torch.manual_seed(0)
+    hvq, h0, own = HVQ(EMA, D0, 3), features(6), torch.tensor([2, 0, 1, 0, 2, 2])
+    for number in range(3):
+        single = one_categorys(hvq, number)
+        for model, category in ((single, 0), (hvq, number)):
+            model.start_codebooks(h0[own == number], seeded(1, "start"), category)
+        torch.testing.assert_close(hvq.codebooks[:, hvq.span(number)], single.codebooks)
+    rebuilt, codes = hvq(h0, own)
+    singles = [one_categorys(hvq, number) for number in range(3)]
+    assert rebuilt.shape == h0.shape and codes.max() < EMA.codes
+    for number, single in enumerate(singles):
+        expected = single(h0[own == number])
+        torch.testing.assert_close((rebuilt[own == number], codes[own == number]), expected)
+    for number in (1, 2):                            # in the batch, and not
+        single = one_categorys(hvq, number)
+        mine, others = h0[own == number], torch.full((int((own == number).sum()),), number)
+        before = hvq.codebooks.clone()
+        torch.testing.assert_close(hvq.loss(mine, others), single.loss(mine))
+        torch.testing.assert_close(hvq.codebooks[:, hvq.span(number)], single.codebooks)
+        torch.testing.assert_close(hvq.used[:, hvq.span(number)], single.used)
+        torch.testing.assert_close(hvq.codebooks[:, hvq.span(0)], before[:, hvq.span(0)])
+        for model, category in ((single, 0), (hvq, number)):
+            model.revive(mine, seeded(2, "revive"), category)
+        torch.testing.assert_close(hvq.codebooks[:, hvq.span(number)], single.codebooks)
+        torch.testing.assert_close(hvq.codebooks[:, hvq.span(0)], before[:, hvq.span(0)])
+
+
+def test_nan_has_no_code_in_any_category():
+    hvq, h0 = HVQ(SMALL, D0, 2), features(2)
+    h0[1, 3] = math.nan
+    codes = hvq(h0, torch.tensor([0, 1]))[1]
+    assert (codes[0] >= 0).all() and (codes[1] == -1).all()
 
 
 # Masks

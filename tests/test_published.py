@@ -99,3 +99,36 @@ def test_the_authors_preset_has_their_shapes():
     assert hvq.positions().shape == (576, 64) and hvq.out.weight.shape == (384, 128)
     mim = ladmim.ViT(cfg, CHANNELS)
     assert all((block.scale == 1e-4).all() for block in mim.blocks)
+
+
+def one_categorys(hvq, number):
+    """A PublishedHVQ of one category with what hvq, of several, has for category `number`."""
+    single, state, size = PublishedHVQ(CFG, CHANNELS), hvq.state_dict(), CFG.codes
+    for name in state:
+        if name.startswith("books."):
+            state[name] = state[name].unflatten(0, (-1, size))[number]
+        elif name.startswith("out."):
+            state[name] = state[name].unflatten(0, (-1, CHANNELS))[number]
+    state["used"] = state["used"].unflatten(1, (-1, size))[:, number]
+    single.load_state_dict(state)
+    return single
+
+
+def test_categories_with_codes_of_their_own_are_models_of_one_category():
+    """Each category's codes follow its own photos; those of absent ones stay."""
+    torch.manual_seed(0)
+    hvq, own = PublishedHVQ(CFG, CHANNELS, 3).train(False), torch.tensor([2, 0, 2, 2])
+    h0 = torch.randn(4, 36, CHANNELS)
+    singles, absent = [one_categorys(hvq, number) for number in range(3)], one_categorys(hvq, 1)
+    rebuilt, codes = hvq(h0, own)
+    for number in (0, 2):
+        expected = singles[number].eval()(h0[own == number])
+        torch.testing.assert_close((rebuilt[own == number], codes[own == number]), expected)
+    losses = [singles[number].loss(h0[own == number]).item() for number in (0, 2)]
+    together = hvq.loss(h0, own).item()
+    assert together == pytest.approx((losses[0] + 3 * losses[1]) / 4, rel=1e-5)
+    for number in (0, 2):
+        for name, expected in singles[number].state_dict().items():
+            torch.testing.assert_close(one_categorys(hvq, number).state_dict()[name], expected)
+    for name, expected in absent.state_dict().items():
+        torch.testing.assert_close(one_categorys(hvq, 1).state_dict()[name], expected)

@@ -465,6 +465,24 @@ def test_multi_class_scores_category_by_category(tmp_path):
     assert "gadgets, widgets" in one_error(asked)
 
 
+def test_categories_with_codes_of_their_own_are_judged_by_these(tmp_path):
+    """`predict` says of each category's test photos what `train` said."""
+    for name in ("gadgets", "widgets"):
+        make_photos(tmp_path / "photos", name, train=6)
+    trains("--category", "widgets,gadgets", "--category-codes", "own", "--out", "run", cwd=tmp_path)
+    state = checkpoint(tmp_path / "run")
+    assert state["hvq"]["codebooks"].shape[1] == 2 * state["config"]["codes"]
+    for name in ("gadgets", "widgets"):
+        asked = command("predict", f"photos/{name}/test/good", "--run", "run", "--category", name,
+                        "--json", cwd=tmp_path)
+        said = [json.loads(line)["score"] for line in asked.stdout.splitlines()]
+        kept = [float(row["score"]) for row in score_rows(tmp_path / "run")
+                if row["path"].startswith(f"{name}/test/good")]
+        assert said == pytest.approx(kept, abs=1e-4) and len(kept) == 4
+    asked = command(*TRAIN, "--category-codes", "own", cwd=tmp_path)
+    assert "--category-codes own" in one_error(asked)
+
+
 def test_same_seed_same_bits_whatever_the_workers_and_the_cache(photos, monkeypatch):
     cases = (1, "a"), (7, "b"), (3, "a")             # the third finds all features in the cache
     for workers, cache in cases:
