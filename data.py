@@ -15,6 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:                                  # Windows: two that write at once meet
+    fcntl = None
+
 from console import (InputError, Parser, printable, readable, run_command, say,  # noqa: F401
                      tell, warn)
 from images import (DRAWN, SUFFIXES, UNREAD, ahead, decode, deeper, defect_pixels,  # noqa: F401
@@ -32,16 +37,34 @@ REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 
 # Files
 
+def open_alone(path: Path):
+    """Opens an empty file at path. Waits until no other process has it open in this way; if that
+    one has renamed it, it is not to be touched, and another one is opened."""
+    while True:
+        file = open(path, "ab")
+        if fcntl:
+            with suppress(OSError):                  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                return file
+        file.close()
+
+
 def write_whole(path: Path, content: bytes,
                 remedy: str = "free some space and run the same command again"):
-    """Written beside, flushed, renamed: a kill or a full disk leaves the last good file."""
+    """Written beside, flushed, renamed: a kill or a full disk leaves the last good file. Of several
+    processes that write it at once each writes all of it."""
     beside = path.with_name(path.name + ".new")
     try:
-        with open(beside, "wb") as file:
+        with open_alone(beside) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+            if not fcntl:                            # Windows renames no open file
+                file.close()
+            os.replace(beside, path)
     except OSError as error:
         with suppress(OSError):
             beside.unlink()

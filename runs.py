@@ -19,13 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import RENDERED_MARK, InputError, Parser, tell, write_whole
+from data import RENDERED_MARK, InputError, Parser, fcntl, tell, write_whole
 from options import seed_list
-
-try:
-    import fcntl
-except ImportError:                      # Windows: two trainings in one folder are not kept apart
-    fcntl = None
 
 FORMAT = 4                               # of checkpoint.pt
 NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two sittings of a run
