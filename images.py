@@ -180,10 +180,15 @@ def deeper(paths: list[Path], white: int = 0) -> dict[Path, int]:
 
 
 def warn_of_depth(paths: list[Path], white: int):
-    """white: of the training photos; where all have 8 bits, a deeper one is read by its format."""
-    for path, own in deeper(paths, white).items() if white else ():
-        warn([f"{path}: has values up to {own}, but {white} is white in the training photos; what "
-              "is brighter is cut off"])
+    """white: of the training photos; where all have 8 bits, a deeper one is read by its format, and
+    seems dark if it does not use all of that."""
+    for path, own in deeper(paths, white).items():
+        if white:
+            warn([f"{path}: has values up to {own}, but {white} is white in the training photos; "
+                  "what is brighter is cut off"])
+        elif own < 65535 and decode(read(path), path, lambda image: image.mode) != "F":
+            warn([f"{path}: has values up to {own} in 16 bits, the training photos have 8 bits; "
+                  "65535 is taken as white, so it is dark; save it with 8 bits"])
 
 
 # Masks

@@ -113,3 +113,15 @@ def test_a_run_of_8_bits_reads_a_deeper_photo_by_its_format(trained, tmp_path):
     one, other = (json.loads(line)["score"] for line in asked.stdout.splitlines())
     assert asked.returncode == 0 and "warning" not in asked.stderr and one == other
     assert "depth" not in trained[1].stdout and checkpoint(trained[0] / "run")["white"] == 0
+
+
+@pytest.mark.parametrize("top, kind, warned", [
+    (4095, np.uint16, True), (255, np.uint16, True), (65535, np.uint16, False),
+    (255, np.float32, False), (1, np.float32, False), (255, np.uint8, False)])
+def test_a_run_of_8_bits_warns_of_a_photo_that_it_reads_as_dark(trained, tmp_path, top, kind,
+                                                                warned):
+    deep(tmp_path / "x.tif", np.linspace(0, top, 64 * 64).reshape(64, 64).astype(kind))
+    asked = command("predict", tmp_path / "x.tif", "--run", trained[0] / "run")
+    lines = [line for line in asked.stderr.splitlines() if line.startswith("warning")]
+    assert asked.returncode == 0 and len(lines) == warned
+    assert not warned or (f"values up to {top}" in lines[0] and "save it with 8 bits" in lines[0])
