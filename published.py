@@ -79,7 +79,8 @@ class Codebook(nn.Module):
         count = torch.zeros_like(self.count).index_add_(0, flat, torch.ones_like(flat).float())
         total = torch.zeros_like(self.total).index_add_(0, flat, x.flatten(0, 1).float())
         own = index.new_zeros(len(x)) if own is None else own
-        photos = torch.bincount(own, minlength=len(count) // self.size).float()      # (C,)
+        photos = torch.zeros(len(count) // self.size, device=x.device)               # (C,)
+        photos.index_add_(0, own, torch.ones_like(own, dtype=torch.float))
         add_up([count, total, photos])
         keep, photos = (part.repeat_interleave(self.size) for part in
                          (self.decay ** photos, photos.clamp(min=1)))

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -65,18 +64,6 @@ def test_a_saved_file_is_whole_or_the_last_one(tmp_path, monkeypatch):
     refused(lambda: data.write_whole(path, b"third"), *words)
     refused(lambda: data.write_whole(path, b"third", "name another file"), "name another file")
     assert path.read_bytes() == b"second" and list(tmp_path.iterdir()) == [path]
-
-
-def test_several_that_write_a_file_at_once_each_write_all_of_it(tmp_path):
-    """Whoever reads meanwhile finds one of the texts, whole; nothing else is left."""
-    path, texts = tmp_path / "x.json", [bytes([65 + i]) * (1000 + 100_000 * i) for i in range(6)]
-    data.write_whole(path, texts[0])
-    with ThreadPoolExecutor(6) as pool:
-        writing = [pool.submit(data.write_whole, path, text) for text in texts * 5]
-        while not all(one.done() for one in writing):
-            assert path.read_bytes() in texts
-    assert [one.result() for one in writing] == [None] * 30
-    assert path.read_bytes() in texts and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_in_place_of_its_folder_is_one_line(tmp_path):

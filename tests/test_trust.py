@@ -4,12 +4,14 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import (TRAIN, checkpoint, command, errors_of, fork_commands, learned_the_same,
                       new_run, one_error, trains)
 
+import data
 import ladmim
 import runs
 
@@ -107,6 +109,18 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(trained, pho
     assert file.read_bytes() == before[0] and not (photos / "run/checkpoint.pt.new").exists()
     trains("--out", "run", cwd=photos)                               # and goes on from there
     assert learned_the_same(trained[0] / "run", photos / "run")
+
+
+def test_several_that_write_a_file_at_once_each_write_all_of_it(tmp_path):
+    """Whoever reads meanwhile finds one of the texts, whole; nothing else is left."""
+    path, texts = tmp_path / "x.json", [bytes([65 + i]) * (1000 + 100_000 * i) for i in range(6)]
+    data.write_whole(path, texts[0])
+    with ThreadPoolExecutor(6) as pool:
+        writing = [pool.submit(data.write_whole, path, text) for text in texts * 5]
+        while not all(one.done() for one in writing):
+            assert path.read_bytes() in texts
+    assert [one.result() for one in writing] == [None] * 30
+    assert path.read_bytes() in texts and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_second_training_in_a_folder_refuses_and_a_dead_one_does_not_block(photos):
