@@ -184,7 +184,7 @@ class HVQ(nn.Module):
         n, d, dq, levels = cfg.grid ** 2, cfg.hvq_width, cfg.code_dim, cfg.levels
         heads, drop = cfg.hvq_heads, cfg.hvq_dropout
         self.levels, self.commitment = levels, cfg.commitment
-        self.categories, self.size, codes = categories, cfg.codes, categories * cfg.codes
+        self.categories, self.codes, codes = categories, cfg.codes, categories * cfg.codes
         self.ema, self.ema_decay = cfg.codebook == "ema", cfg.ema_decay
         self.embed = nn.Linear(d0, d)
         self.positions = nn.Parameter(0.02 * torch.randn(n, d))
@@ -220,7 +220,7 @@ class HVQ(nn.Module):
         for level in (top, *range(top)):
             seen = h[top] if level == top else torch.cat([h[level], z[top]], -1)
             psi[level] = self.psi[level](seen)
-            books = self.codebooks[level].detach().float().split(self.size)
+            books = self.codebooks[level].detach().float().split(self.codes)
             # i^l = argmin_j ||psi - b_j||, (B, N)
             codes[level] = nearest_own_code(psi[level].detach().float(), books, own)
             nearest = self.codebooks[level][codes[level]]            # (B, N, dq)
@@ -239,7 +239,7 @@ class HVQ(nn.Module):
     def forward(self, h0, own=None):
         """h0 (B, N, d0) -> rebuilt h0 (B, N, d0), codes (B, L, N), each below K."""
         _, z, codes = self.quantise(self.encode(h0), own)
-        return self.decode(z, own), codes.fmod(self.size)            # -1, for NaN, stays
+        return self.decode(z, own), codes.fmod(self.codes)            # -1, for NaN, stays
 
     def loss(self, h0, own=None):
         """Equation 7: feature error, and for every level the codebook and the commitment term."""
@@ -276,7 +276,7 @@ class HVQ(nn.Module):
     def start_codebooks(self, h0, generator, category=0, rounds=5):
         """A category's codebooks start as k-means of the vectors that the untrained encoder sends
         them. h0 (B, N, d0) of its photos."""
-        h, top, codes = self.encode(h0), self.levels - 1, self.size
+        h, top, codes = self.encode(h0), self.levels - 1, self.codes
         own, span = torch.full((len(h0),), category, device=h0.device), self.span(category)
         for level in (top, *range(top)):
             psi = self.quantise(h, own)[0][level].flatten(0, 1)      # (B*N, dq)
@@ -307,7 +307,7 @@ class HVQ(nn.Module):
 
     def span(self, category: int) -> slice:
         """Where a category's codes lie in each codebook."""
-        return slice(category * self.size, (category + 1) * self.size)
+        return slice(category * self.codes, (category + 1) * self.codes)
 
 
 def usage(used: torch.Tensor):
