@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 import data
 from data import InputError
 from options import ROOT, SHIPPED
-from runs import Job, Progress, first_process_first, load_file
+from runs import Job, Progress, first_process_first, in_precision, load_file
 
 FIELD, STRIDE, CHANNELS = 33, 4, 384   # receptive field and stride in pixels, d0
 PATCH = 4 * 4 * 3                      # numbers of a token's patch of the photo
@@ -153,9 +153,12 @@ def imagenet(x: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def extract(pdn: nn.Module, images: torch.Tensor, grid: int) -> torch.Tensor:
     """images (B, H, W, 3) uint8 -> h0 before standardisation (B, N, d0) float32, N = grid ** 2."""
-    x = imagenet(images.permute(0, 3, 1, 2).float().div_(255))
-    x = pdn(x.contiguous(memory_format=torch.channels_last))         # (B, d0, 48, 48)
-    return F.avg_pool2d(x, x.shape[-1] // grid).flatten(2).transpose(1, 2)
+    x, last = imagenet(images.permute(0, 3, 1, 2).float().div_(255)), pdn[-1]
+    x = pdn[:-1](x.contiguous(memory_format=torch.channels_last))    # (B, 256, 51, 51)
+    # The last layer is linear: averaging what it reads, not what it gives, spares most of it.
+    size = (x.shape[-1] - last.kernel_size[0] + 1) // grid           # positions a token, one way
+    x = F.conv2d(F.avg_pool2d(x, size, 1), last.weight, last.bias, size)
+    return x.flatten(2).transpose(1, 2).float()
 
 
 @torch.inference_mode()
@@ -172,11 +175,13 @@ def patches(images: torch.Tensor, grid: int) -> torch.Tensor:
     return (x - x.mean(-1, keepdim=True)) / (std + 1)                # 1 of 255: flat patches
 
 
-def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device) -> torch.Tensor:
+def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device,
+         precision: str = "fp32") -> torch.Tensor:
     """images (B, H, W, 3) uint8, as data.load_image gives them -> (B, N, d0) float16 features, with
     pixels also the patches: (B, N, d0 + 48)."""
     images = torch.from_numpy(images).to(device)
-    seen = extract(pdn, images, grid)
+    with in_precision(precision, device):
+        seen = extract(pdn, images, grid)
     return (torch.cat([seen, patches(images, grid)], -1) if pixels else seen).half()
 
 
@@ -327,20 +332,20 @@ def compute_features(paths, size: int, compute, shape: tuple[int, int], progress
 # A run's photos
 
 def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixels: bool, device,
-                  cache: Path, white: int = 0):
+                  cache: Path, white: int = 0, precision: str = "fp32"):
     """-> what `look` gives of the photos (n, N, d0 or d0 + 48), the photos that can be read, and
     their rows in it, and a fingerprint of the bytes of the training photos and the weights. Each
     photo that cannot be read costs a warning."""
     weights = b"".join(weight.cpu().numpy().tobytes() for weight in pdn.state_dict().values())
-    key = hashlib.blake2b(weights, digest_size=16).hexdigest()
+    key = hashlib.blake2b(weights, digest_size=16).hexdigest() + precision.removeprefix("fp32")
     pdn = pdn.to(device, memory_format=torch.channels_last)
     # Sorted: seeds hold out other photos for validation, and shall share one file.
     paths, shape = sorted(photo.path for photo in photos), (grid ** 2, CHANNELS + PATCH * pixels)
     digests = photo_digests(paths)
     seen, reasons = cached_features(
         paths, image_size, key,
-        lambda images: look(pdn, images, grid, pixels, device).cpu().numpy(), shape, cache,
-        Progress("features", len(paths), "photos"), digests, white)
+        lambda images: look(pdn, images, grid, pixels, device, precision).cpu().numpy(), shape,
+        cache, Progress("features", len(paths), "photos"), digests, white)
     data.warn(reasons.values())
     left = [photo for photo in photos if photo.path not in reasons]
     for name in sorted({photo.category for photo in photos}):
@@ -381,7 +386,7 @@ def load_data_set(job: Job):
     with first_process_first():
         seen, left, rows, fingerprint = find_features(photos, pdn, cfg.image_size, cfg.grid,
                                                       cfg.target == "pixel", device, job.cache,
-                                                      white)
+                                                      white, cfg.precision)
     n = sum(photo.split == "train" for photo in left)
     if seen.nbytes < 2 ** 33:                        # more stays here, and travels batch by batch
         seen = seen.to(device)

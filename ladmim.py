@@ -51,7 +51,7 @@ class Config:
     image_size: int = 224              # pixels a side, whatever shape a photo has
     grid: int = 24                     # tokens a side; N = grid ** 2
     pdn: str = options.SHIPPED         # file of PDN weights, or "random" as the control [ours]
-    precision: str = "fp32"            # of both models' products; codes are searched in fp32 [ours]
+    precision: str = "fp32"            # of all products; codes are searched in fp32 [ours]
 
     tokenizer: str = "paper"           # or "published": `published.PublishedHVQ`
     levels: int = 4                    # L
@@ -123,7 +123,11 @@ class Attention(nn.Module):
         """x (B, n, d) asks, context (B, m, d) answers -> (B, n, d)."""
         k, v = self.kv(context).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k, v))
-        y = F.scaled_dot_product_attention(q, k, v)                  # (B, heads, n, d / heads)
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+            # There the fused kernel's backward pass takes 4 to 12 times as long as all this.
+            y = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)              # (B, heads, n, d / heads)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -739,7 +743,8 @@ class Detector:
         """images (B, H, W, 3) uint8, as data.load_image gives them -> h0 (B, N, d0), and pixels
         (B, N, 48) where they are the target."""
         device, index = self.mean.device, torch.arange(len(images))
-        seen = look(self.pdn, images, self.cfg.grid, self.cfg.target == "pixel", device)
+        seen = look(self.pdn, images, self.cfg.grid, self.cfg.target == "pixel", device,
+                    self.cfg.precision)
         photos = Features(seen, self.mean, self.std, device)
         return photos.h0(index), photos.pixels(index)
 
@@ -786,8 +791,7 @@ def main(argv=None) -> int:
         args = runs.parse(argv, Config, PRESETS, OPTIONS, add_options)
         if args.command == "train":
             return train(args)
-        device = runs.pick_device(args.device)
-        return predict(load_detector(args.run, args.category, device), args)
+        return predict(load_detector(args.run, args.category, runs.pick_device(args.device)), args)
     return data.run_command(command, "stopped; what is printed is done, and the same train command "
                             "goes on from its last checkpoint")
 

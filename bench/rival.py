@@ -48,7 +48,7 @@ class Photos:
         photos that can be read."""
         seen, left, rows, _ = backbone.find_features(
             photos, self.ladmim.pdn, self.size, grid, False, self.device, self.cache,
-            self.ladmim.white)
+            self.ladmim.white, self.ladmim.cfg.precision)
         train = torch.tensor([photo.split == "train" for photo in left])
         moments = backbone.channel_statistics(seen, rows[train])
         return backbone.Features(seen, *moments, self.device, rows), left

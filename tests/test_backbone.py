@@ -12,6 +12,7 @@ from conftest import TRAIN, command, make_photos, one_error
 from PIL import Image
 
 import backbone
+import data
 import options
 from backbone import CHANNELS, Features
 from data import InputError
@@ -81,15 +82,37 @@ def test_random_weights_are_the_seeds_own_and_leave_other_randomness_alone():
 
 # Features
 
-def test_extract_normalises_and_pools():
-    pdn, _ = backbone.load_pdn("random", 0)
+@pytest.mark.parametrize("size", ["small", "medium"])
+@pytest.mark.parametrize("grid", [24, 12, 6, 5])
+def test_extract_is_the_mean_of_what_the_pdn_gives(size, grid):
+    torch.manual_seed(0)
+    pdn = backbone.build_pdn(size).eval()
     images = torch.randint(0, 256, (2, 125, 125, 3), dtype=torch.uint8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     x = ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2)
-    expected = F.avg_pool2d(pdn.double()(x), 2).flatten(2).transpose(1, 2)
-    extracted = backbone.extract(pdn.float(), images, 12)
-    assert extracted.shape == (2, 144, 384)
+    with torch.no_grad():
+        positions = pdn.double()(x)                          # (2, 384, 24, 24)
+    cells = 24 // grid
+    expected = F.avg_pool2d(positions, cells).flatten(2).transpose(1, 2)
+    extracted = backbone.extract(pdn.float(), images, grid)
+    assert extracted.shape == (2, (24 // cells) ** 2, 384) and extracted.dtype == torch.float32
     torch.testing.assert_close(extracted.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_features_in_bfloat16_are_near_and_kept_in_a_file_of_their_own(tmp_path):
+    pdn, _ = backbone.load_pdn(backbone.SHIPPED, 0)
+    photos = [data.Photo(path, "things", split, "good") for split in ("train", "validation")
+              for path in [tmp_path / f"{split}.png"]]
+    for seed, photo in enumerate(photos):
+        noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(photo.path)
+    found = [backbone.find_features(photos, pdn, 64, 4, False, torch.device("cpu"),
+                                    tmp_path / "cache", precision=precision)
+             for precision in ("fp32", "bf16", "bf16")]
+    plain, low, again = (seen.float() for seen, *_ in found)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert torch.equal(low, again) and 0 < (plain - low).abs().max() < 0.05 * plain.std()
+    assert found[0][3] != found[1][3] == found[2][3]         # the fingerprints
 
 
 @pytest.mark.parametrize("size, grid", [(125, 6), (125, 24), (64, 4)])

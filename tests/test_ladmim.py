@@ -1,5 +1,6 @@
 """The paper's model: HVQ-Trans, masks, ViT, and both trainings."""
 import contextlib
+import copy
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -168,6 +169,35 @@ def test_bf16_searches_codes_in_fp32_and_stays_near(monkeypatch):
         assert torch.equal(distance.argmin(-1), codes[:, level])
     exact = hvq.loss(h0)
     assert 0 < abs(float(rough.detach() - exact.detach())) < 0.02 * float(exact.detach())
+
+
+@pytest.mark.parametrize("asking, answering", [(1, 1), (1, 37), (37, 37)])
+@pytest.mark.parametrize("precision, grad", [("bf16", True), ("bf16", False), ("fp32", True)])
+def test_attention_is_the_softmax_of_products(asking, answering, precision, grad):
+    torch.manual_seed(0)
+    attention, x, context = ladmim.Attention(24, 3), *torch.randn(2, 2, 37, 24)
+    x, context = x[:, :asking].requires_grad_(grad), context[:, :answering]
+    exact, y = copy.deepcopy(attention).double(), x.detach().double().requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        with ladmim.in_precision(precision, x.device):
+            found = attention(x, context)
+        q, kv = exact.q(y), exact.kv(context.double())
+        heads = []
+        for one in range(3):
+            part, other = slice(8 * one, 8 * one + 8), slice(24 + 8 * one, 32 + 8 * one)
+            weight = (q[..., part] @ kv[..., part].transpose(1, 2) / 8 ** 0.5).softmax(-1)
+            heads.append(weight @ kv[..., other])
+        expected = exact.out(torch.cat(heads, -1))
+    near = dict(atol=0.02, rtol=0.02) if precision == "bf16" else dict(atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.double(), expected, **near)
+    if grad:
+        found.double().square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(x.grad.double(), y.grad, **near)
+        for low, high in zip(attention.parameters(), exact.parameters()):
+            scale = max(0.1, high.grad.abs().max().item())
+            torch.testing.assert_close(low.grad.double(), high.grad, rtol=near["rtol"],
+                                       atol=near["atol"] * scale)
 
 
 @pytest.mark.parametrize("categories", [1, 2, 5])

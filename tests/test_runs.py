@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import (TRAIN, checkpoint, command, learned_the_same, make_photos, new_run, one_error,
@@ -167,10 +168,15 @@ def test_precision_is_a_setting_of_the_run(photos):
     assert len(lines) == 12
     for line in lines:
         assert line["score"] == pytest.approx(expected[line["path"]], rel=0.05, abs=0.05)
-    state = checkpoint(photos / "run")
+    cpu, images = torch.device("cpu"), np.zeros((1, 64, 64, 3), np.uint8)
+    detector = ladmim.load_detector(photos / "run", None, cpu)
+    seen = backbone.look(detector.pdn, images, detector.cfg.grid, False, cpu, "bf16")
+    assert torch.equal(detector.look(images)[0], (seen.float() - detector.mean) / detector.std)
+    trains("--out", "old", cwd=photos)
+    state = checkpoint(photos / "old")
     del state["config"]["precision"]                 # as a run from before the option
-    torch.save(state, photos / "run/checkpoint.pt")
-    trains("--out", "run", cwd=photos)
+    torch.save(state, photos / "old/checkpoint.pt")
+    trains("--out", "old", cwd=photos)
 
 
 def test_a_data_set_of_the_same_name_elsewhere_is_not_taken_for_the_finished_one(photos):
