@@ -178,7 +178,7 @@ def patches(images: torch.Tensor, grid: int) -> torch.Tensor:
 def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device,
          precision: str = "fp32") -> torch.Tensor:
     """images (B, H, W, 3) uint8, as data.load_image gives them -> (B, N, d0) float16 features, with
-    pixels also the patches: (B, N, d0 + 48)."""
+    pixels also the patches: (B, N, d0 + 48). precision: of the backbone's products."""
     images = torch.from_numpy(images).to(device)
     with in_precision(precision, device):
         seen = extract(pdn, images, grid)
@@ -334,8 +334,8 @@ def compute_features(paths, size: int, compute, shape: tuple[int, int], progress
 def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixels: bool, device,
                   cache: Path, white: int = 0, precision: str = "fp32"):
     """-> what `look` gives of the photos (n, N, d0 or d0 + 48), the photos that can be read, and
-    their rows in it, and a fingerprint of the bytes of the training photos and the weights. Each
-    photo that cannot be read costs a warning."""
+    their rows in it, and a fingerprint of the training photos' bytes, the weights and the
+    precision. Each photo that cannot be read costs a warning."""
     weights = b"".join(weight.cpu().numpy().tobytes() for weight in pdn.state_dict().values())
     key = hashlib.blake2b(weights, digest_size=16).hexdigest() + precision.removeprefix("fp32")
     pdn = pdn.to(device, memory_format=torch.channels_last)

@@ -126,7 +126,7 @@ class Attention(nn.Module):
         if q.device.type == "cpu" and torch.is_grad_enabled():
             # The fused kernel's backward pass is slow there in bfloat16.
             q, k, v = q.float(), k.float(), v.float()
-        with torch.autocast("cpu", enabled=False):                   # it would undo this
+        with torch.autocast("cpu", enabled=False):                   # which would cast back
             y = F.scaled_dot_product_attention(q, k, v)              # (B, heads, n, d / heads)
         return self.out(y.transpose(1, 2).flatten(2))
 

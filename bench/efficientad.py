@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from backbone import CHANNELS, STRIDE, build_pdn, extract, positions
+from backbone import CHANNELS, STRIDE, build_pdn, look as see, positions
 from eval import standardise
 from bench.rival import Photos, Plan, as_input, fit, megabytes, milliseconds
 
@@ -163,8 +163,8 @@ def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
     pdn = photos.ladmim.pdn
 
     def judge(images):
-        seen = extract(pdn, torch.from_numpy(images).to(photos.device), side)
-        h0 = (seen - features.mean) / features.std
+        seen = see(pdn, images, side, False, photos.device, photos.ladmim.cfg.precision)
+        h0 = (seen.float() - features.mean) / features.std
         local, wide, *_ = model.look(as_input(images, photos.device), square(h0))
         return photo_scores(local, wide, *normal)
 
