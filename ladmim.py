@@ -443,12 +443,13 @@ def mim_error(mim: ViT, output, h0, mask, codes, pixels=None):
     summed over the levels, for each mask. With another target the masked tokens' mean error.
 
     output: mim(h0, mask); h0 (B, N, d0), mask (M, N) or (B, M, N), codes (B, L, N), pixels
-    (B, N, 48) where they are the target -> (B, M)
-    """
+    (B, N, 48) where they are the target -> (B, M), and the error of each token (B, M, N), of a
+    histogram the mask's, 0 where it is not masked."""
     if mim.target == "histogram":
-        return histogram_l1(output, codes, mask).sum(-1)
-    error = TARGETS[mim.target][1](output, h0, codes, pixels)
-    return torch.where(mask, error, 0).sum(-1) / mask.sum(-1)
+        error = histogram_l1(output, codes, mask).sum(-1)
+        return error, error[..., None] * mask
+    tokens = torch.where(mask, TARGETS[mim.target][1](output, h0, codes, pixels), 0)
+    return tokens.sum(-1) / mask.sum(-1), tokens
 
 
 # Training
@@ -547,7 +548,7 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
                 h0, mask = photos.h0(mine), masks[mine]
                 with in_precision(cfg.precision, device):
                     loss = mim_error(mim, mim(h0, mask), h0, mask, codes[mine],
-                                     photos.pixels(mine)).mean()
+                                     photos.pixels(mine))[0].mean()
                 total += descend(optimizer, loss, mine, batch, cfg.mim_clip)
             loss = run.mean_loss("mim", epoch, total, n)
             run.end_epoch("mim", epoch + 1, loss, mim, optimizer)
@@ -560,7 +561,8 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
 class Errors:
     """Where both models fail on B photos."""
     residual: torch.Tensor             # (B, N, d0) h0 minus what HVQ-Trans rebuilds
-    l1: torch.Tensor                   # (B, M) each mask's error, `mim_error`
+    of_masks: torch.Tensor             # (B, M) `mim_error`
+    of_tokens: torch.Tensor            # (B, N) the mean over the masks that hide it, else over all
     histogram: torch.Tensor            # (B, M, L, K) predicted minus actual; else empty
 
 
@@ -573,18 +575,20 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, own=None,
     budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
     width = max(cfg.mim_width, 0 if cfg.target == "histogram" else mim.head.out_features)
     step = max(1, budget // (len(h0) * h0.shape[1] * width * 4))     # masks at once
-    histogram = []                                   # only a score that learns needs them
+    histogram = []                                   # only `whitened` needs them
     with in_precision(cfg.precision, h0.device):
         rebuilt, codes = hvq(h0, own)
-        codes, l1 = codes.to(torch.int16), []
+        codes, of_masks, of_tokens = codes.to(torch.int16), [], 0
         for some in masks.split(step):
             output = mim(h0, some)
-            l1.append(mim_error(mim, output, h0, some, codes, pixels))
-            if MIM_SCORES[cfg.mim_score].learn:
-                actual = histograms(codes, some, cfg.codes)
-                histogram.append(output.softmax(-1) - actual)
+            error, tokens = mim_error(mim, output, h0, some, codes, pixels)
+            of_masks, of_tokens = of_masks + [error], of_tokens + tokens.sum(1)
+            if cfg.mim_score == "whitened":
+                histogram.append(output.softmax(-1) - histograms(codes, some, cfg.codes))
     histogram = torch.cat(histogram, 1) if histogram else h0.new_zeros(0)
-    return Errors(h0 - rebuilt, torch.cat(l1, 1), histogram)
+    of_masks, hides = torch.cat(of_masks, 1), masks.sum(0)
+    of_tokens = torch.where(hides > 0, of_tokens / hides, of_masks.mean(1, keepdim=True))
+    return Errors(h0 - rebuilt, of_masks, of_tokens, histogram)
 
 
 OPTIONS = {"tokenizer": TOKENIZERS, "precision": ("fp32", "bf16"), "codebook": ("gradient", "ema"),
@@ -595,17 +599,13 @@ OPTIONS = {"tokenizer": TOKENIZERS, "precision": ("fp32", "bf16"), "codebook": (
 def kept_errors(cfg: Config, errors: Errors) -> list[torch.Tensor]:
     """What S_HVQ, S_MIM and the logical map need of them: three tensors (B, ...)."""
     return [HVQ_SCORES[cfg.hvq_score].keep(errors), MIM_SCORES[cfg.mim_score].keep(errors),
-            errors.l1]
+            errors.of_tokens]
 
 
-def judge(cfg: Config, kept: list[torch.Tensor], masks: torch.Tensor, normal: dict) -> dict:
-    """-> S_HVQ "hvq" and S_MIM "mim" (B,), their maps "hvq_map", "mim_map" (B, N). In the logical
-    map a token has the mean error of the masks that hide it; one that none hides, its photo's."""
-    for_hvq, for_mim, l1 = kept
-    s_hvq, hvq_map = HVQ_SCORES[cfg.hvq_score].judge(for_hvq, normal)
-    s_mim, hides = MIM_SCORES[cfg.mim_score].judge(for_mim, normal), masks.to(l1.dtype)
-    mim_map = l1 @ hides / hides.sum(0).clamp(min=1)
-    mim_map = torch.where(masks.any(0), mim_map, l1.mean(1, keepdim=True))
+def judge(cfg: Config, kept: list[torch.Tensor], normal: dict) -> dict:
+    """-> S_HVQ "hvq" and S_MIM "mim" (B,), their maps "hvq_map", "mim_map" (B, N)."""
+    s_hvq, hvq_map = HVQ_SCORES[cfg.hvq_score].judge(kept[0], normal)
+    s_mim, mim_map = MIM_SCORES[cfg.mim_score].judge(kept[1], kept[2], normal)
     return {"hvq": s_hvq, "mim": s_mim, "hvq_map": hvq_map, "mim_map": mim_map}
 
 
@@ -616,14 +616,14 @@ def standardise(normal: dict, judged: dict) -> dict:
     return s | {"score": s["hvq"] + s["mim"], "heat": s["hvq_map"] + s["mim_map"]}
 
 
-def learn_normal(cfg: Config, train, validation, masks) -> dict:
+def learn_normal(cfg: Config, train, validation) -> dict:
     """What is normal in one category. train, validation: `kept_errors` of its normal photos; test
     photos play no part. Mean and std of both scores and maps, the threshold of the final score,
     and what the scores themselves learn."""
     normal, scores = {}, (HVQ_SCORES[cfg.hvq_score], MIM_SCORES[cfg.mim_score])
     for score, of_train in zip(scores, train):
         normal |= score.learn(of_train) if score.learn else {}
-    judged = judge(cfg, validation, masks, normal)
+    judged = judge(cfg, validation, normal)
     for name, values in judged.items():
         normal[name] = evaluation.moments(values.double().numpy())
     return normal | {"threshold": evaluation.threshold(standardise(normal, judged)["score"])}
@@ -662,7 +662,7 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
     learns = HVQ_SCORES[cfg.hvq_score].learn or MIM_SCORES[cfg.mim_score].learn
     numbers = [i for i, photo in enumerate(photos) if learns or photo.split != "train"]
     kept = all_errors(hvq, mim, cfg, features, torch.tensor(numbers), masks)
-    photos, masks = [photos[i] for i in numbers], masks.cpu()
+    photos = [photos[i] for i in numbers]
 
     rows, maps, run.state["calibration"] = [], [], {}
     for name in sorted({photo.category for photo in photos}):
@@ -670,10 +670,10 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
         train, validation = ([i for i in mine if photos[i].split == split]
                              for split in ("train", "validation"))
         normal = learn_normal(cfg, [part[train] for part in kept],
-                              [part[validation] for part in kept], masks)
+                              [part[validation] for part in kept])
         run.state["calibration"][name] = normal
         tested = [i for i in mine if photos[i].split != "train"]
-        judged = judge(cfg, [part[tested] for part in kept], masks, normal)
+        judged = judge(cfg, [part[tested] for part in kept], normal)
         judged = {name: values.double() for name, values in judged.items()}
         s = standardise(normal, judged)
         scores = torch.stack([judged["hvq"], judged["mim"], s["score"]], 1).tolist()
@@ -759,7 +759,7 @@ class Detector:
         h0, pixels = self.look(images)
         found = errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels, self.own(h0))
         kept = [part.cpu() for part in kept_errors(self.cfg, found)]
-        s = standardise(self.normal, judge(self.cfg, kept, self.masks.cpu(), self.normal))
+        s = standardise(self.normal, judge(self.cfg, kept, self.normal))
         return s["hvq"], s["mim"], s["score"], s["heat"].numpy()
 
 

@@ -96,6 +96,6 @@ def check_settings(cfg, options: dict, side: int):
     check("grid", cfg.mask != "checkerboard" or (cfg.grid >= 8 and cfg.grid % 4 == 0),
           "--mask checkerboard needs a multiple of 4, at least 8")
     check("mim_score", cfg.mim_score != "whitened" or cfg.target == "histogram",
-          f"--target {cfg.target} has no histograms to measure; add --mim-score mean")
+          f"--target {cfg.target} has no histograms to measure; add --mim-score mean or deviations")
     check("mim_score", cfg.mim_score != "whitened" or cfg.levels * cfg.codes <= 512,
           "needs --levels times --codes at most 512 (a matrix a mask); choose mean or fewer")

@@ -1,4 +1,4 @@
-"""S_HVQ and S_MIM: the paper's means, the published code's maximum, and two scores of our own.
+"""S_HVQ and S_MIM: the paper's means, the published code's maximum, and scores of our own.
 
 `--hvq-score` and `--mim-score` name them. What a score must know of good photos it learns from the
 training normals alone.
@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Score:
-    """One way to make a score of `ladmim.Errors`. `kept` is what it needs of them, a tensor
-    (B, ...), and `normal` a dict of what it learned of normal photos."""
-    keep: Callable                     # Errors -> kept
-    judge: Callable                    # kept, normal -> score (B,); of HVQ-Trans also a map (B, N)
+    """One way to make a score of `ladmim.Errors`. `kept` is what it needs of them, `normal` a dict
+    learned of normal photos. `judge` of S_MIM has the tokens' errors (B, N) between the two."""
+    keep: Callable                     # Errors -> kept (B, ...)
+    judge: Callable                    # kept, normal -> score (B,), map (B, N)
     learn: Callable | None = None      # kept of the training normals -> normal
 
 
@@ -58,15 +58,10 @@ def largest_16_pixels(norm: torch.Tensor, normal: dict):
     return F.avg_pool2d(pixels, 16, 1).flatten(1).amax(1), norm
 
 
-def learn_deviations(error: torch.Tensor) -> dict:
-    """error (n, N) of the training normals -> mean and std of each token's 3x3 mean, (2, N)."""
-    return {"deviations": normal_statistics(smoothed(error))}
-
-
-def judge_deviations(error: torch.Tensor, normal: dict):
+def deviations(error: torch.Tensor, statistics: torch.Tensor):
     """The largest 3x3 mean, each in the standard deviations that it has on the training normals: an
     edge that is never rebuilt well does not hide a scratch elsewhere."""
-    mean, std = normal["deviations"]
+    mean, std = statistics                           # (2, N)
     z = (smoothed(error) - mean) / std
     return z.amax(1), z
 
@@ -75,7 +70,9 @@ HVQ_SCORES = {
     "mean": Score(squared_error, lambda error, normal: (error.mean(1), error)),
     "max": Score(squared_error, largest_3x3),
     "norm": Score(lambda errors: errors.residual.norm(dim=-1), largest_16_pixels),
-    "deviations": Score(squared_error, judge_deviations, learn_deviations)}
+    "deviations": Score(squared_error,
+                        lambda error, normal: deviations(error, normal["deviations"]),
+                        lambda error: {"deviations": normal_statistics(smoothed(error))})}
 
 
 # S_MIM
@@ -105,15 +102,18 @@ def distances(x: torch.Tensor, normal: dict) -> torch.Tensor:
     return torch.einsum("bmd,mde->bme", x - normal["mean"], normal["matrix"]).square().sum(-1)
 
 
-def judge_histograms(residual: torch.Tensor, normal: dict) -> torch.Tensor:
+def judge_histograms(residual: torch.Tensor, tokens: torch.Tensor, normal: dict):
     """residual (B, M, L * K), predicted minus actual histogram -> (B,), the mean over the masks of
     its Mahalanobis distance, in the standard deviations that it has on the training normals. The L1
     distance adds up what good photos vary in, too; here such codes count little."""
     mean, std = normal["histograms"]["distance"]
-    return ((distances(residual, normal["histograms"]) - mean) / std).mean(1)
+    return ((distances(residual, normal["histograms"]) - mean) / std).mean(1), tokens
 
 
 MIM_SCORES = {
-    "mean": Score(lambda errors: errors.l1, lambda l1, normal: l1.mean(1)),
+    "mean": Score(lambda errors: errors.of_masks, lambda error, tokens, _: (error.mean(1), tokens)),
     "whitened": Score(lambda errors: errors.histogram.flatten(2), judge_histograms,
-                      lambda residual: {"histograms": whitening(residual)})}
+                      lambda residual: {"histograms": whitening(residual)}),
+    "deviations": Score(lambda errors: errors.of_tokens,
+                        lambda _, tokens, normal: deviations(tokens, normal["mim_deviations"]),
+                        lambda tokens: {"mim_deviations": normal_statistics(smoothed(tokens))})}

@@ -106,14 +106,14 @@ def our_losses(detector, h0, masks):
     with torch.no_grad():
         codes = hvq(seen)[1].to(torch.int16)
     return (lambda: hvq.loss(h0[:detector.cfg.hvq_batch]),
-            lambda: ladmim.mim_error(mim, mim(seen, masks), seen, masks, codes).mean())
+            lambda: ladmim.mim_error(mim, mim(seen, masks), seen, masks, codes)[0].mean())
 
 
 def our_score(detector, paths):
     """Both means (B,) of photos that were never seen before: decoding and backbone included."""
     h0, _ = detector.look(np.stack(list(data.load_images(paths, detector.cfg.image_size))))
     errors = ladmim.errors(detector.hvq, detector.mim, detector.cfg, h0, detector.masks)
-    return scores.squared_error(errors).mean(1), errors.l1.mean(1)
+    return scores.squared_error(errors).mean(1), errors.of_masks.mean(1)
 
 
 # Both

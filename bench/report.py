@@ -129,7 +129,7 @@ def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
     h0, pixels = detector.look(data.load_image(photo.path, cfg.image_size, detector.white)[None])
     _, codes = detector.hvq(h0, detector.own(h0))
     output = detector.mim(h0, masks)
-    error = ladmim.mim_error(detector.mim, output, h0, masks, codes.to(torch.int16), pixels)[0]
+    error = ladmim.mim_error(detector.mim, output, h0, masks, codes.to(torch.int16), pixels)[0][0]
     worst = int(error.argmax())
     mask = masks[worst].numpy()                      # (N,)
     dark = Image.fromarray((mask.reshape(cfg.grid, -1) * 170).astype(np.uint8))

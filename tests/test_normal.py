@@ -38,14 +38,14 @@ def test_a_scratch_counts_more_where_good_photos_hardly_vary():
     rng = torch.Generator().manual_seed(0)
     spread = torch.linspace(0.1, 2, 36)
     train, seen = (1 + spread * torch.rand(n, 36, generator=rng) for n in (60, 2))
-    normal = scores.learn_deviations(train)
-    usual = scores.judge_deviations(seen, normal)[0]
+    normal = scores.normal_statistics(scores.smoothed(train))
+    usual = scores.deviations(seen, normal)[0]
     calm, restless = seen.clone(), seen.clone()
     calm[:, 0] += 2
     restless[:, 35] += 2
-    calm, where = scores.judge_deviations(calm, normal)
+    calm, where = scores.deviations(calm, normal)
     assert (calm > usual).all() and (where.argmax(1) < 8).all()      # token 0 or one beside it
-    assert (calm > scores.judge_deviations(restless, normal)[0]).all()
+    assert (calm > scores.deviations(restless, normal)[0]).all()
 
 
 def test_histograms_are_the_shares_of_each_code():
@@ -68,5 +68,5 @@ def test_a_histogram_that_never_varies_counts_most():
     normal = {"histograms": scores.whitening(train)}
     seen = torch.zeros(2, 3, 4)
     seen[0, :, 0] = seen[1, :, 3] = 1                # the same L1 distance
-    usual, rare = scores.judge_histograms(seen, normal)
+    usual, rare = scores.judge_histograms(seen, seen, normal)[0]
     assert rare > 3 * usual

@@ -16,7 +16,7 @@ def scored(cfg, h0, normal=None, **options):
     hvq, mim = models(cfg)
     masks = ladmim.draw_masks(cfg, 5, seeded(0), scoring=True)
     errors = ladmim.errors(hvq, mim, cfg, h0, masks, **options)
-    return ladmim.judge(cfg, ladmim.kept_errors(cfg, errors), masks, normal or {})
+    return ladmim.judge(cfg, ladmim.kept_errors(cfg, errors), normal or {})
 
 
 def test_scores_do_not_depend_on_the_batch_or_the_memory_budget():
@@ -63,15 +63,23 @@ def largest_mean_of_16_pixels(norm):
     return torch.tensor(means.max(), dtype=torch.float)
 
 
+def means_over_masks(errors, masks):
+    """errors (M, 36) of each token under each mask -> (36,): over the masks that hide it; a token
+    that none hides has the mean over the masks of their own means."""
+    of_masks = torch.stack([errors[m][masks[m]].mean() for m in range(len(masks))])
+    return torch.stack([errors[masks[:, token], token].mean() if masks[:, token].any()
+                        else of_masks.mean() for token in range(36)])
+
+
 @pytest.mark.parametrize("budget", [0, 1])
 @pytest.mark.parametrize("hvq_score, mim_score", [
     ("mean", "mean"), ("max", "mean"), ("norm", "mean"), ("mean", "whitened"),
-    ("deviations", "whitened")])
+    ("deviations", "whitened"), ("deviations", "deviations")])
 def test_score_against_a_plain_loop(hvq_score, mim_score, budget):
     cfg = dataclasses.replace(SMALL, hvq_score=hvq_score, mim_score=mim_score)
     hvq, mim = models(cfg)
     h0, masks = features(2), ladmim.draw_masks(cfg, 5, seeded(0), scoring=True)
-    normal = {"deviations": torch.rand(2, 36) + 0.5,
+    normal = {"deviations": torch.rand(2, 36) + 0.5, "mim_deviations": torch.rand(2, 36) + 0.5,
               "histograms": scores.whitening(torch.randn(20, 5, 64))}
     judged = scored(cfg, h0, normal, budget=budget)
     for b in range(2):
@@ -100,13 +108,14 @@ def test_score_against_a_plain_loop(hvq_score, mim_score, budget):
         if hvq_score == "deviations":
             error = (means_of_nine(error) - normal["deviations"][0]) / normal["deviations"][1]
             expected_hvq = error.max()
-        expected = {"hvq": expected_hvq, "mim": expected_mim, "hvq_map": error}
+        logical = means_over_masks(losses[:, None].expand(5, 36), masks)
+        if mim_score == "deviations":
+            mean, std = normal["mim_deviations"]
+            logical = (means_of_nine(logical) - mean) / std
+            expected_mim = logical.max()
+        expected = {"hvq": expected_hvq, "mim": expected_mim, "hvq_map": error, "mim_map": logical}
         for name, values in expected.items():
             torch.testing.assert_close(judged[name][b], values, atol=1e-4, rtol=1e-4)
-        for token in range(36):
-            cover = masks[:, token]
-            expected = (losses[cover] if cover.any() else losses).mean()
-            torch.testing.assert_close(judged["mim_map"][b, token], expected)
 
 
 @pytest.mark.parametrize("target", ["code", "feature", "pixel"])
@@ -115,43 +124,45 @@ def test_other_targets_against_a_plain_loop(target):
     hvq, mim = models(cfg)
     h0, pixels = features(2), torch.randn(2, 36, 48)
     masks = ladmim.draw_masks(cfg, 5, seeded(0), scoring=True)
+    assert not masks.any(0).all()
     _, codes = hvq(h0)
     errors = ladmim.errors(hvq, mim, cfg, h0, masks, pixels, budget=1)
     assert not errors.histogram.any()
     for b in range(2):
+        expected = torch.full((5, 36), torch.nan, dtype=torch.double)
         for m in range(5):
             output = mim(h0[b:b + 1], masks[m:m + 1])[0, 0]          # (N, L * K, d0 or 48)
-            expected = []
             for token in masks[m].nonzero()[:, 0]:
                 if target == "code":
                     p = output[token].double().view(4, 16).softmax(-1)
                     right = [p[level, codes[b, level, token]] for level in range(4)]
-                    expected.append(-torch.stack(right).log().sum())
+                    expected[m, token] = -torch.stack(right).log().sum()
                 else:
                     truth = (h0 if target == "feature" else pixels)[b, token]
-                    expected.append((output[token] - truth).double().pow(2).mean())
-            torch.testing.assert_close(errors.l1[b, m].double(), torch.stack(expected).mean(),
+                    expected[m, token] = (output[token] - truth).double().pow(2).mean()
+            torch.testing.assert_close(errors.of_masks[b, m].double(), expected[m].nanmean(),
                                        atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(errors.of_tokens[b].double(), means_over_masks(expected, masks),
+                                   atol=1e-5, rtol=1e-5)
 
 
 def photos_with_scores(s_hvq, s_mim, seed=0):
-    """`kept_errors` of photos with these scores, as the means of their errors: (n, 9), (n, 5)."""
+    """`kept_errors` of photos with these scores, as the means of their errors: (n, 9), (n, 5) of
+    the masks, (n, 9) of the tokens."""
     rng, kept = torch.Generator().manual_seed(seed), []
-    for values, width in ((s_hvq, 9), (s_mim, 5)):
+    for values, width in ((s_hvq, 9), (s_mim, 5), (s_mim, 9)):
         errors = torch.randn(len(values), width, generator=rng).double()
         kept.append(errors - errors.mean(1, keepdim=True) + values[:, None])
-    return [kept[0], kept[1], kept[1]]
+    return kept
 
 
 def test_normal_is_what_the_validation_photos_show_and_survives_one_photo():
     rng, cfg = torch.Generator().manual_seed(0), dataclasses.replace(SMALL, grid=3)
     s_hvq = 3 + 2 * torch.randn(50, generator=rng).double()
     s_mim = torch.randn(50, generator=rng).double() / 10 - 1
-    masks = ladmim.random_masks(5, 3, 4, 1, seeded(0))
-    masks[:, 0] = False                              # a token that no mask hides
     kept, train = photos_with_scores(s_hvq, s_mim), photos_with_scores(s_hvq + 9, s_mim + 9)
-    normal = ladmim.learn_normal(cfg, train, kept, masks)
-    judged = ladmim.judge(cfg, kept, masks, normal)
+    normal = ladmim.learn_normal(cfg, train, kept)
+    judged = ladmim.judge(cfg, kept, normal)
     s = ladmim.standardise(normal, judged)
     a, b = s_hvq.numpy(), s_mim.numpy()
     total = (a - a.mean()) / a.std() + (b - b.mean()) / b.std()
@@ -166,11 +177,10 @@ def test_normal_is_what_the_validation_photos_show_and_survives_one_photo():
 
 
 def test_one_validation_photo_is_enough():
-    masks = ladmim.random_masks(5, 3, 4, 1, seeded(0))
     lone = photos_with_scores(torch.zeros(1), torch.ones(1))         # 0: what a whitened score is
     cfg = dataclasses.replace(SMALL, grid=3)
-    normal = ladmim.learn_normal(cfg, lone, lone, masks)
-    odd = ladmim.judge(cfg, photos_with_scores(torch.full((1,), 5.0), torch.ones(1)), masks, normal)
+    normal = ladmim.learn_normal(cfg, lone, lone)
+    odd = ladmim.judge(cfg, photos_with_scores(torch.full((1,), 5.0), torch.ones(1)), normal)
     assert float(ladmim.standardise(normal, odd)["score"]) == pytest.approx(5)
-    odd = ladmim.judge(cfg, photos_with_scores(*torch.full((2, 1), 5.0)), masks, normal)
+    odd = ladmim.judge(cfg, photos_with_scores(*torch.full((2, 1), 5.0)), normal)
     assert all(abs(s).max() < 1e4 for s in ladmim.standardise(normal, odd).values())
