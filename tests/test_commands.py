@@ -113,14 +113,18 @@ def test_every_mistake_is_one_line_and_exit_code_2(trained, tmp_path, args, name
 
 # predict
 
-def test_predict_agrees_with_scores_csv(trained, tmp_path):
+@pytest.mark.parametrize("settings", [(), ("--target", "code", "--mim-score", "deviations")])
+def test_predict_agrees_with_scores_csv(trained, tmp_path, settings):
     """Its structural and logical scores are standardised, those of scores.csv are not."""
     folder, _ = trained
-    result = command("predict", "photos/widgets/test", "--run", "run", "--json", cwd=folder)
+    run = tmp_path / "run" if settings else folder / "run"
+    if settings:
+        trains("--take", "run", "--out", str(run), *settings, cwd=folder)
+    result = command("predict", "photos/widgets/test", "--run", str(run), "--json", cwd=folder)
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    rows = {f"photos/{row['path']}": row for row in score_rows(folder / "run")}
-    normal = checkpoint(folder / "run")["calibration"]["widgets"]
+    rows = {f"photos/{row['path']}": row for row in score_rows(run)}
+    normal = checkpoint(run)["calibration"]["widgets"]
     assert len(lines) == 12
     for line in lines:
         assert list(line) == ["path", "verdict", "score", "threshold", "structural", "logical",
