@@ -5,7 +5,6 @@ import csv
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections import Counter
 from contextlib import suppress
@@ -470,8 +469,3 @@ def load_regions(photo: Photo, defects: dict[int, tuple[float, bool]] | None) ->
         raise InputError(f"{photo.masks[0]}: all black, so the ground truth of {photo.path} is "
                          "missing; mark its defect in white")
     return regions
-
-
-if __name__ == "__main__":
-    tell("error: data.py is no command; python twin/render.py draws the twin")
-    sys.exit(2)

@@ -41,9 +41,6 @@ PROTOCOL = (
     "it is; ± is the sample std over seeds. LADMIM's published code standardises over the whole "
     "test set; HVQ-Trans's published code flips AUROCs under 50. Reported rows are the paper's.")
 MORE = "more: --all adds errors at the threshold, the paper's figures and our protocol"
-MOVED = {"--localise": "bench/localise.py", "--maps": "bench/localise.py --maps DIR",
-         "--baselines": "bench/baselines.py", "--ablation": "bench/ablations.py NAME",
-         "--report": "bench/report.py"}
 
 
 def auroc(labels, scores) -> float:
@@ -484,10 +481,6 @@ def publish(name: str, args, tables: list[tuple], records, problems: list[str], 
 
 
 def parse(argv):
-    argv = sys.argv[1:] if argv is None else argv
-    for option in (word.partition("=")[0] for word in argv):
-        if option in MOVED:
-            raise InputError(f"{option} is a command of its own: python {MOVED[option]}")
     parser = data.Parser(prog="eval.py", description="AUROC of trained runs beside the paper's. "
                          "More on the same runs: bench/localise.py, baselines.py and report.py.")
     add_runs(parser)

@@ -77,9 +77,6 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
 def parse(argv, config_class, presets: dict, options: dict, add_predict_options):
     """The command line of ladmim.py. Each field of config_class is an option of `train`; options
     holds the values that some of them are one of. add_predict_options(parser) adds `predict`'s."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["distill"]:
-        raise InputError("distill is now a command of its own: python weights/distill.py")
     parser = Parser(prog="ladmim.py", description="Logical anomaly detection: train and predict.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train on good photos, score the others",

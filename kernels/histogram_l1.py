@@ -108,8 +108,8 @@ def _torch_path(logits, codes, mask, differentiate):
 def _P_and_difference(logits, codes, mask):
     """P and P - Q, differentiable in logits."""
     (B, M, L, K), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
-    tokens = mask.sum(-1, dtype=dtype).expand(B, M)[:, :, None, None]
-    index, wrong = codes.long(), None
+    chosen, index, wrong = mask.to(dtype), codes.long(), None
+    tokens = chosen.sum(-1).expand(B, M)[:, :, None, None]
     if logits.device.type == "cpu":
         if not tokens.all():
             raise ValueError("histogram_l1: a mask has no token")
@@ -120,7 +120,7 @@ def _P_and_difference(logits, codes, mask):
     index = index[:, None].expand(B, M, L, -1)
     counts = torch.zeros((B, M, L, K), dtype=dtype, device=logits.device)
     try:
-        counts.scatter_add_(3, index, mask.to(dtype).expand(B, M, -1)[:, :, None].expand_as(index))
+        counts.scatter_add_(3, index, chosen.expand(B, M, -1)[:, :, None].expand_as(index))
     except RuntimeError:  # a CPU looks at each index, so no pass of ours has to
         raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got {int(codes.min())}.."
                          f"{int(codes.max())}") from None

@@ -17,7 +17,8 @@ first term is the same for every code, so the nearest code has the largest score
   4. List the other rows (none where points lie near codes, 4 % where x and codes are unrelated
      Gaussians) and do them again: the codes scored within 2E of the best, two or three a row, are
      compared by float64 distances.
-The torch path does the same with float32 products, and one row in thousands is done again.
+The torch path does the same with float32 products, and one row in thousands is done again. Of few
+rows and codes it takes float64 products: there each operator costs more than what it computes.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def _nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor
     if use_triton(x):
         return _triton_path(x, codebook)
     with torch.autocast(x.device.type, enabled=False):
-        return _torch_path(x, codebook)
+        path = _few_rows if len(x) * len(codebook) <= 2**17 else _torch_path
+        return path(x, codebook)
 
 
 @_nearest_code.register_fake
@@ -88,8 +90,7 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
     G = 32 * max(1, round(K**0.5 / 32))
     width = -(-K // G) * G
     longest = centred.square().sum(1).max().sqrt().float()
-    # Where this process lets float32's products be TF32's or bfloat16's, their errors are too large
-    # for the margin: float64 is taken. The switch is every thread's, so it is only read.
+    # The margin would not hold TF32's or bfloat16's errors. The switch is only read.
     backend = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
     whole = backend.matmul.fp32_precision in ("ieee", "none")
     # One more dimension, 1 in x and -||b||^2/2 in b, makes the score one product.
@@ -118,6 +119,21 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
         index[again] = _redo_rows(block, codes)
         distance[again] = _squared_distance(block, codes, index[again])
     return index, distance
+
+
+def _few_rows(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All scores at once, in float64: a third of the operators."""
+    D, codes = x.shape[1], codebook.float()
+    centre = codes.mean(0)
+    shifted, centred = x.double() - centre, codes.double() - centre
+    square = centred.square().sum(1)
+    best, runner, index = _best_two(torch.addmm(square, shifted, centred.T, beta=-0.5))
+    longest = square.max().sqrt()
+    error = (D + 8) * 2.0**-53 * longest * (torch.linalg.vector_norm(shifted, dim=1) + longest)
+    again = (~(best - runner > 2 * error)).nonzero().squeeze(1)    # true for NaN, too
+    if len(again):
+        index[again] = _redo_rows(x[again].float(), codes)
+    return index, _squared_distance(x.float(), codes, index)
 
 
 def _squared_distance(x, codes, index) -> torch.Tensor:

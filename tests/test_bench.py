@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -34,10 +35,10 @@ def quick(tmp_path_factory):
     return out, json.loads(results.read_text()), done.stdout
 
 
-def test_seconds_beside_quick_are_refused(tmp_path, capsys):
-    assert bench.main(["--quick", "--seconds", "1", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("error: --seconds 1.0: does nothing beside --quick")
-    assert not list(tmp_path.iterdir())
+def test_a_slow_function_leaves_its_turns_to_the_others():
+    found = bench.measure({"fast": lambda: None, "slow": lambda: time.sleep(0.01)}, "cpu", 0.3)
+    assert found["slow"]["runs"] == 5 and found["fast"]["runs"] > 50
+    assert found["fast"]["low"] <= found["fast"]["median"] < 0.01 <= found["slow"]["low"]
 
 
 def test_writes_numbers_and_tables(quick):

@@ -350,17 +350,3 @@ def test_the_command_line_as_a_process(tmp_path):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: --run nowhere")
     assert len(result.stderr.splitlines()) == 1
-
-
-def test_commands_that_moved_name_the_new_one(tmp_path):
-    """distill and render were commands of ladmim.py and data.py."""
-    moved = command("distill", "--images", "photos", cwd=tmp_path)
-    assert moved.returncode == 2 and moved.stdout == ""
-    assert moved.stderr.startswith("error: ") and "python weights/distill.py" in moved.stderr
-    assert len(moved.stderr.splitlines()) == 1
-    rendered = as_process(data.__file__, "render", "--out", "twin", cwd=tmp_path)
-    assert rendered.returncode == 2 and rendered.stdout == ""
-    assert rendered.stderr.startswith("error: ") and "python twin/render.py" in rendered.stderr
-    assert len(rendered.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
-    root = Path(ladmim.__file__).parent
-    assert (root / "weights/distill.py").is_file() and (root / "twin/render.py").is_file()

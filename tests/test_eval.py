@@ -407,21 +407,6 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
     assert (tmp_path / "precious.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("arguments, command", [
-    (["--localise"], "python bench/localise.py"),
-    (["runs/a", "--maps", "tiff"], "python bench/localise.py --maps DIR"),
-    (["--maps=tiff"], "python bench/localise.py --maps DIR"),
-    (["--baselines"], "python bench/baselines.py"),
-    (["--ablation", "target", "--seeds", "0-1"], "python bench/ablations.py NAME"),
-    (["--report", "x.html"], "python bench/report.py")])
-def test_an_old_option_names_its_new_command(tmp_path, monkeypatch, capsys, arguments, command):
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: --") and err.endswith(f"{command}\n")
-    assert len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
 def edit(name, change):
     def apply(folder):
         text = (folder / name).read_text()

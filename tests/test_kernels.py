@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import histogram_l1, nearest_code
 from kernels.histogram_l1 import _histogram_l1, histogram_l1_reference
-from kernels.nearest_code import _nearest_code, _torch_path
+from kernels.nearest_code import _few_rows, _nearest_code, _torch_path
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERPRETED = os.environ.get("LADMIM_KERNELS") == "triton" and not torch.cuda.is_available()
@@ -44,27 +44,31 @@ def nearest_code_reference(x, codebook):
     return index.masked_fill(failed, -1), nearest.masked_fill(failed, torch.nan).float()
 
 
+def found(x, codebook):
+    """Index and distance by nearest_code, and by both torch paths: it takes one by the size."""
+    small = DEVICE == "cpu" and not INTERPRETED and len(x) * len(codebook) <= 2**20
+    for path in [nearest_code] + small * [_few_rows, _torch_path]:
+        yield [t.cpu() for t in path(x.to(DEVICE), codebook.to(DEVICE))]
+
+
 def check(x, codebook):
     """The chosen code's distance is within 1e-5 of the smallest, so the index is float64's where
     the two best differ by more."""
-    index, squared = (t.cpu() for t in nearest_code(x.to(DEVICE), codebook.to(DEVICE)))
-    assert index.shape == squared.shape == (len(x),)
-    assert index.dtype == torch.int64 and squared.dtype == torch.float32
     rows = max(1, 2**24 // max(1, codebook.numel()))
-    assert (index >= 0).all() and (index < len(codebook)).all()
-    blocks = zip(x.split(rows), index.split(rows), squared.split(rows), strict=True)
-    for block, chosen, distance in blocks:
-        exact = (block.double()[:, None] - codebook.double()).square().sum(2)  # (T, K)
-        limit = exact.min(1).values * (1 + 1e-5)
-        mine = exact.gather(1, chosen[:, None])[:, 0]
-        assert (mine <= limit).all(), f"{int((mine > limit).sum())} of {len(block)} rows are wrong"
-        torch.testing.assert_close(distance, mine.float(), rtol=1e-5, atol=1e-37)
+    for index, squared in found(x, codebook):
+        assert index.shape == squared.shape == (len(x),) and squared.dtype == torch.float32
+        assert index.dtype == torch.int64 and ((index >= 0) & (index < len(codebook))).all()
+        for block, chosen, distance in zip(x.split(rows), index.split(rows), squared.split(rows)):
+            exact = (block.double()[:, None] - codebook.double()).square().sum(2)  # (T, K)
+            mine = exact.gather(1, chosen[:, None])[:, 0]
+            assert (mine <= exact.amin(1) * (1 + 1e-5)).all()
+            torch.testing.assert_close(distance, mine.float(), rtol=1e-5, atol=1e-37)
 
 
 def check_ties(x, codebook, lowest):
     """lowest: `codebook` without what comes again later."""
-    index, _ = nearest_code(x.to(DEVICE), codebook.to(DEVICE))
-    assert torch.equal(index.cpu(), nearest_code_reference(x, lowest)[0])
+    right = nearest_code_reference(x, lowest)[0]
+    assert all(torch.equal(index, right) for index, _ in found(x, codebook))
 
 
 # ---- nearest_code
@@ -180,12 +184,12 @@ def test_rows_and_codes_that_are_not_finite():
     broken = codebook.clone()
     broken[5, 5] = some[5, 5] = torch.inf
     for codes in (codebook, broken, some):
-        index, squared = nearest_code(x, codes)
         expected = nearest_code_reference(x.cpu(), codes.cpu())
-        assert torch.equal(index.cpu(), expected[0])
-        assert index[[3, 7, 70]].eq(-1).all() and index.eq(-1).sum() == 3
-        torch.testing.assert_close(squared.cpu(), expected[1], equal_nan=True)
-    assert nearest_code(x[:16], torch.full_like(codebook, torch.nan))[0].eq(-1).all()
+        for index, squared in found(x, codes):
+            assert torch.equal(index, expected[0])
+            assert index[[3, 7, 70]].eq(-1).all() and index.eq(-1).sum() == 3
+            torch.testing.assert_close(squared, expected[1], equal_nan=True)
+    assert all((index == -1).all() for index, _ in found(x[:16], torch.nan * codebook))
 
 
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="of the Triton kernels")
@@ -209,9 +213,8 @@ def test_few_rows_are_done_again(near, most):
 
 
 def test_nothing_in_gives_nothing_out():
-    x, codebook = torch.empty(0, 4, device=DEVICE), torch.ones(3, 4, device=DEVICE)
-    index, squared = nearest_code(x, codebook)
-    assert index.shape == squared.shape == (0,)
+    for index, squared in found(torch.empty(0, 4), torch.ones(3, 4)):
+        assert index.shape == squared.shape == (0,)
 
 
 @pytest.mark.parametrize("x, codebook, error", [
