@@ -43,13 +43,14 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     if not logits.is_floating_point() or codes.is_floating_point() or mask.dtype != torch.bool:
         raise TypeError("histogram_l1 needs floating-point logits, integer codes and a bool mask, "
                         f"got {logits.dtype}, {codes.dtype}, {mask.dtype}")
+    differentiate = logits.requires_grad and torch.is_grad_enabled()
     if logits.device.type == "cpu" and not (use_triton(logits) or is_compiling()):
         # An operator's dispatch would take longer than the rows of a step.
-        return _P_and_difference(logits, codes, mask)[1].abs().sum(-1)
+        difference = _P_and_difference(logits, codes, mask, differentiate)[1]
+        return (difference.abs() if differentiate else difference.abs_()).sum(-1)
     if unpack_dual(logits).tangent is not None:
         raise RuntimeError("histogram_l1 has no forward-mode derivative here; use backward, or "
                            "histogram_l1_reference")
-    differentiate = logits.requires_grad and torch.is_grad_enabled()
     return _histogram_l1(logits, codes, mask, differentiate)[0]
 
 
@@ -98,15 +99,14 @@ _histogram_l1.register_autograd(_gradient, setup_context=_save)
 # ---- torch
 
 def _torch_path(logits, codes, mask, differentiate):
-    P, difference = _P_and_difference(logits, codes, mask)
-    loss = difference.abs().sum(-1)
+    P, difference = _P_and_difference(logits, codes, mask, differentiate)
     if not differentiate:
-        return loss, P.new_empty(0)
-    return loss, torch._softmax_backward_data(difference.sign_(), P, -1, P.dtype)
+        return difference.abs_().sum(-1), P.new_empty(0)
+    return difference.abs().sum(-1), torch._softmax_backward_data(difference.sign_(), P, -1, P.dtype)
 
 
-def _P_and_difference(logits, codes, mask):
-    """P and P - Q, differentiable in logits."""
+def _P_and_difference(logits, codes, mask, differentiate):
+    """P and P - Q, differentiable in logits; or P - Q twice, which spares memory."""
     (B, M, L, K), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     chosen, index, wrong = mask.to(dtype), codes.long(), None
     tokens = chosen.sum(-1).expand(B, M)[:, :, None, None]
@@ -125,7 +125,7 @@ def _P_and_difference(logits, codes, mask):
         raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got {int(codes.min())}.."
                          f"{int(codes.max())}") from None
     P = logits.softmax(-1, dtype=dtype)
-    difference = torch.addcdiv(P, counts, tokens, value=-1)  # P - Q; NaN where a mask has no token
+    difference = (P.addcdiv if differentiate else P.addcdiv_)(counts, tokens, value=-1)
     return P, difference if wrong is None else difference.masked_fill(wrong, torch.nan)
 
 
