@@ -112,8 +112,7 @@ def measure(functions: dict, device: str, seconds: float) -> dict:
 
 
 def roofline(device: str, seconds: float) -> dict:
-    """This machine's ceilings, now: FLOP/s of a large product (float16 on a GPU), bytes/s of a
-    large copy."""
+    """This machine's FLOP/s of a large product (float16 on a GPU) and bytes/s of a large copy."""
     n, dtype, size = 2048, torch.float32, 2**27
     if device == "cuda":
         n, dtype, size = 8192, torch.float16, 2**30
@@ -124,8 +123,7 @@ def roofline(device: str, seconds: float) -> dict:
 
 
 def kernel_rows(row: dict, result: dict, flops: float, moved: int, ceiling: dict) -> list:
-    """The row for each variant: its speed as a multiple of the fastest plain version's, and how
-    near it comes to the roofline. moved: bytes."""
+    """A row a variant: its speed over the fastest plain one's and the roofline's. moved: bytes."""
     data.tell(f"  {row['kernel']} {row['shape']}, {row['mode']}")
     floor = max(flops / ceiling["flops"], moved / ceiling["bytes"])
     plain = [r["median"] for name, r in result.items() if name != "kernels"]

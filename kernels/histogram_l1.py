@@ -100,9 +100,10 @@ _histogram_l1.register_autograd(_gradient, setup_context=_save)
 
 def _torch_path(logits, codes, mask, differentiate):
     P, difference = _P_and_difference(logits, codes, mask, differentiate)
+    loss = difference.abs().sum(-1)
     if not differentiate:
-        return difference.abs_().sum(-1), P.new_empty(0)
-    return difference.abs().sum(-1), torch._softmax_backward_data(difference.sign_(), P, -1, P.dtype)
+        return loss, P.new_empty(0)
+    return loss, torch._softmax_backward_data(difference.sign_(), P, -1, P.dtype)
 
 
 def _P_and_difference(logits, codes, mask, differentiate):

@@ -24,6 +24,7 @@ rows and codes it takes float64 products: there each operator costs more than wh
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
 from .dispatch import jit, on_device, tl, triton, use_triton
 
@@ -42,7 +43,8 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     for tensor in (x, codebook):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"nearest_code needs float32, bfloat16 or float16, got {tensor.dtype}")
-    return _nearest_code(x.detach(), codebook.detach())
+    search = _nearest_code if x.is_cuda or is_compiling() else _either_path
+    return search(x.detach(), codebook.detach())
 
 
 def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None) -> torch.Tensor:
@@ -60,14 +62,16 @@ def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None
     return index
 
 
-@torch.library.custom_op("ladmim::nearest_code", mutates_args=())
-def _nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _either_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x, codebook = x.contiguous(), codebook.contiguous()
     if use_triton(x):
         return _triton_path(x, codebook)
     with torch.autocast(x.device.type, enabled=False):
         path = _few_rows if len(x) * len(codebook) <= 2**17 else _torch_path
         return path(x, codebook)
+
+
+_nearest_code = torch.library.custom_op("ladmim::nearest_code", _either_path, mutates_args=())
 
 
 @_nearest_code.register_fake

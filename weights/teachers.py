@@ -31,20 +31,17 @@ def load_teacher(name: str, device: torch.device):
     if not Path(name).is_file():
         raise InputError(f"--teacher {name}: no such file; give a TorchScript file or "
                          "efficientnet-lite0")
-    try:
-        network = torch.jit.load(name, map_location=device).eval()
-    except Exception:                                # torch raises another class for each damage
-        raise InputError(f"--teacher {name}: not a TorchScript file; torch.jit.save writes "
-                         "one") from None
 
     def teacher(x):
         return [(block, float(stride), float(centre[0]) if centre else stride / 2)
                 for block, stride, *centre in network(imagenet(x))]
     try:
+        network = torch.jit.load(name, map_location=device).eval()
         look([teacher], torch.zeros(1, 3, CROP, CROP, device=device), "fp32")[0]
     except Exception:                                # whatever a foreign network stumbles on
-        raise InputError(f"--teacher {name}: does not map photos of {CROP} pixels to a list of "
-                         "(feature map, stride) or (feature map, stride, centre)") from None
+        raise InputError(f"--teacher {name}: not a TorchScript file that maps photos of {CROP} "
+                         "pixels to a list of (feature map, stride) or (feature map, stride, "
+                         "centre)") from None
     return teacher
 
 
