@@ -456,7 +456,10 @@ def chosen_runs(args) -> list[Path]:
 def write_report(file: Path, text: str, mark: str) -> None:
     """Replaces an earlier report, known by the mark near its start, and no other file."""
     with data.readable():
-        foreign = file.exists() and mark.encode() not in file.read_bytes()[:200]
+        foreign = file.exists() and not file.is_file()       # of a pipe nothing may be read
+        if file.is_file():
+            with open(file, "rb") as held:
+                foreign = mark.encode() not in held.read(200)
         file.parent.mkdir(parents=True, exist_ok=True)
     if foreign:
         raise InputError(f"{file} exists and was not written by this command: name another file")

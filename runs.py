@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from data import RENDERED_MARK, InputError, Parser, fcntl, tell, write_whole
+from kernels.dispatch import use_triton
 from options import seed_list
 
 FORMAT = 4                               # of checkpoint.pt
@@ -115,7 +116,12 @@ def pick_device(name: str | None) -> torch.device:
     if name == "cuda" and not found:
         raise InputError("--device cuda: this machine has no CUDA GPU that torch can use; leave "
                          "the option out for the CPU")
-    return torch.device("cuda" if found else "cpu")
+    device = torch.device("cuda" if found else "cpu")
+    try:
+        use_triton(torch.empty(0, device=device))
+    except RuntimeError as error:                    # of LADMIM_KERNELS
+        raise InputError(str(error)) from None
+    return device
 
 
 def git_commit() -> str:
@@ -316,6 +322,8 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
     where it is of a run with other settings. defaults: values of settings that came later."""
     file = job.out / "checkpoint.pt"
     if not file.exists():
+        if job.out.exists() and not job.out.is_dir():
+            raise InputError(f"--out {job.out}: is no folder; name another one")
         return None
     state = load_checkpoint(file)
     held = defaults | state["config"]

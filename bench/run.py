@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import random
@@ -96,12 +95,13 @@ def measure(functions: dict, device: str, seconds: float) -> dict:
             times[name] = []
         except Exception as error:  # a compiler that is missing or does not fit
             data.tell(f"  {name}: not available ({type(error).__name__})")
-    start, order = time.perf_counter(), random.Random(0)
-    while time.perf_counter() - start < seconds or min(map(len, times.values())) < 5:
-        enough = 10 * min(statistics.median(t or [math.inf]) for t in times.values())
-        turn = [name for name, t in times.items() if len(t) < 5 or statistics.median(t) < enough]
+    start, order, turn = time.perf_counter(), random.Random(0), list(times)
+    while time.perf_counter() - start < seconds or len(times[turn[0]]) < 5:
         for name in order.sample(turn, len(turn)):
             times[name].append(once(functions[name], device, flush))
+        if len(times[turn[0]]) == 5:
+            enough = 10 * min(map(statistics.median, times.values()))
+            turn = [name for name in turn if statistics.median(times[name]) < enough]
     result = {}
     for name, t in times.items():
         t.sort()

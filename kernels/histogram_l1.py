@@ -43,14 +43,15 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     if not logits.is_floating_point() or codes.is_floating_point() or mask.dtype != torch.bool:
         raise TypeError("histogram_l1 needs floating-point logits, integer codes and a bool mask, "
                         f"got {logits.dtype}, {codes.dtype}, {mask.dtype}")
-    differentiate = logits.requires_grad and torch.is_grad_enabled()
     if logits.device.type == "cpu" and not (use_triton(logits) or is_compiling()):
         # An operator's dispatch would take longer than the rows of a step.
-        difference = _P_and_difference(logits, codes, mask, differentiate)[1]
-        return (difference.abs() if differentiate else difference.abs_()).sum(-1)
+        keep = torch.is_grad_enabled()  # somebody may differentiate, vmap and jvp do not say who
+        difference = _P_and_difference(logits, codes, mask, keep)[1]
+        return (difference.abs() if keep else difference.abs_()).sum(-1)
     if unpack_dual(logits).tangent is not None:
         raise RuntimeError("histogram_l1 has no forward-mode derivative here; use backward, or "
                            "histogram_l1_reference")
+    differentiate = logits.requires_grad and torch.is_grad_enabled()
     return _histogram_l1(logits, codes, mask, differentiate)[0]
 
 
@@ -106,8 +107,8 @@ def _torch_path(logits, codes, mask, differentiate):
     return loss, torch._softmax_backward_data(difference.sign_(), P, -1, P.dtype)
 
 
-def _P_and_difference(logits, codes, mask, differentiate):
-    """P and P - Q, differentiable in logits; or P - Q twice, which spares memory."""
+def _P_and_difference(logits, codes, mask, keep):
+    """P and P - Q, differentiable in logits; or, not to keep P, P - Q twice: it spares memory."""
     (B, M, L, K), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     chosen, index, wrong = mask.to(dtype), codes.long(), None
     tokens = chosen.sum(-1).expand(B, M)[:, :, None, None]
@@ -126,7 +127,7 @@ def _P_and_difference(logits, codes, mask, differentiate):
         raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got {int(codes.min())}.."
                          f"{int(codes.max())}") from None
     P = logits.softmax(-1, dtype=dtype)
-    difference = (P.addcdiv if differentiate else P.addcdiv_)(counts, tokens, value=-1)
+    difference = (P.addcdiv if keep else P.addcdiv_)(counts, tokens, value=-1)
     return P, difference if wrong is None else difference.masked_fill(wrong, torch.nan)
 
 

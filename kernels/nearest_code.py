@@ -17,14 +17,12 @@ first term is the same for every code, so the nearest code has the largest score
   4. List the other rows (none where points lie near codes, 4 % where x and codes are unrelated
      Gaussians) and do them again: the codes scored within 2E of the best, two or three a row, are
      compared by float64 distances.
-The torch path does the same with float32 products, and one row in thousands is done again. Of few
-rows and codes it takes float64 products: there each operator costs more than what it computes.
+The torch path does the same with float32 products, and one row in thousands is done again.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.compiler import is_compiling
 
 from .dispatch import jit, on_device, tl, triton, use_triton
 
@@ -43,8 +41,7 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     for tensor in (x, codebook):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"nearest_code needs float32, bfloat16 or float16, got {tensor.dtype}")
-    search = _nearest_code if x.is_cuda or is_compiling() else _either_path
-    return search(x.detach(), codebook.detach())
+    return _nearest_code(x.detach(), codebook.detach())
 
 
 def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None) -> torch.Tensor:
@@ -62,16 +59,14 @@ def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None
     return index
 
 
-def _either_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("ladmim::nearest_code", mutates_args=())
+def _nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     x, codebook = x.contiguous(), codebook.contiguous()
     if use_triton(x):
         return _triton_path(x, codebook)
     with torch.autocast(x.device.type, enabled=False):
         path = _few_rows if len(x) * len(codebook) <= 2**17 else _torch_path
         return path(x, codebook)
-
-
-_nearest_code = torch.library.custom_op("ladmim::nearest_code", _either_path, mutates_args=())
 
 
 @_nearest_code.register_fake
@@ -126,7 +121,7 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _few_rows(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All scores at once, in float64: a third of the operators."""
+    """All in float64: a third of the operators, which here cost more than what they compute."""
     D, codes = x.shape[1], codebook.float()
     centre = codes.mean(0)
     shifted, centred = x.double() - centre, codes.double() - centre

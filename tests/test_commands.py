@@ -96,6 +96,7 @@ def test_a_test_split_without_anomalies_is_refused_and_none_at_all_is_not(tmp_pa
     (["--category", "widgets", "--seed", "1" * 30], "--seed"),
     (["--category", "widgets", "--seeds", "0,x"], "--seeds"),
     (["--category", "widgets", "--seeds", "0-1", "--out", "one"], "--out"),
+    (["--category", "widgets", "--out", __file__], "is no folder"),
     ([], "--category"),
 ])
 def test_every_mistake_is_one_line_and_exit_code_2(trained, tmp_path, args, names):
@@ -109,6 +110,15 @@ def test_every_mistake_is_one_line_and_exit_code_2(trained, tmp_path, args, name
     assert result.returncode == 2 and names in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_choice_of_kernels_is_one_line(trained, monkeypatch):
+    for choice, names in (("fast", "torch or triton"), ("triton", "LADMIM_KERNELS=triton")):
+        if choice == "fast" or not torch.cuda.is_available():
+            monkeypatch.setenv("LADMIM_KERNELS", choice)
+            monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+            result = command("predict", "photos", "--run", "run", cwd=trained[0])
+            assert result.returncode == 2 and names in one_error(result)
 
 
 # predict
@@ -220,6 +230,9 @@ def test_a_table_never_replaces_another_file_and_is_kept_at_ctrl_c(trained, tmp_
     file.write_text("my,own\n")
     asked = ("predict", "photos/widgets/test", "--run", "run", "--csv", file)
     assert str(file) in one_error(command(*asked, cwd=folder)) and file.read_text() == "my,own\n"
+    file.unlink()
+    os.mkfifo(file)                                  # of a pipe nothing may be read, or it waits
+    assert str(file) in one_error(command(*asked, cwd=folder))
     file.unlink()
     whole, calls = ladmim.Detector.__call__, []
 

@@ -38,3 +38,37 @@ def test_derivatives_but_the_first_are_right_or_refused(monkeypatch, as_operator
         else:
             torch.testing.assert_close(derivative(histogram_l1), expected)
     histogram_l1(leaf, codes, mask).sum().backward()             # the first one stays
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="of the torch path")
+def test_derivatives_through_vmap_and_jvp_are_right():
+    """Inside, logits.requires_grad says nothing of the levels outside."""
+    logits, codes, mask = draw(3, 2, 2, 6, 9, masks=2, dtype=torch.float64)
+    leaf, along = logits.clone().requires_grad_(), torch.randn_like(logits)
+
+    def by_photo(f, x):
+        return torch.func.vmap(lambda one: f(one[None], codes[:1], mask))(x)
+
+    def through_vmap(f):
+        return torch.autograd.grad(by_photo(f, leaf).square().sum(), leaf)[0]
+
+    def grad_of_vmap(f):
+        return torch.func.grad(lambda x: by_photo(f, x).square().sum())(logits)
+
+    def grad_of_jvp(f):
+        def slope(x):
+            return torch.func.jvp(lambda y: f(y, codes, mask), (x,), (along,))[1].square().sum()
+        return torch.func.grad(slope)(logits)
+
+    for derivative in (through_vmap, grad_of_vmap, grad_of_jvp):
+        expected = derivative(histogram_l1_reference)
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(derivative(histogram_l1), expected)
+
+
+def test_the_callers_logits_are_left_as_they_are():
+    logits, codes, mask = (t.to(DEVICE) for t in draw(2, 2, 2, 6, 9))
+    before = logits.clone()
+    with torch.inference_mode():
+        histogram_l1(logits, codes, mask)
+    assert torch.equal(logits, before)

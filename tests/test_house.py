@@ -20,7 +20,7 @@ BELOW = {
     "images": {"console"},
     "data": {"console", "images", "twin"},
     "eval": {"data"},
-    "runs": {"console", "data", "options"},
+    "runs": {"console", "data", "kernels", "options"},
     "backbone": {"data", "options", "runs"},
     "scores": set(),
     "published": {"kernels", "runs"},
