@@ -67,11 +67,11 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
     groups = [[name] for name in names] if args.separate else [names]
     if args.separate and args.category != "all" and len(names) == 1:
         raise InputError("--separate: does nothing beside one --category; leave it out")
-    jobs = [Job(cfg, preset, root, group, device, seed, called, args.out, args.cache, args.take)
+    jobs = [Job(cfg, preset, root, group, device, seed, called, cache=args.cache, take=args.take)
             for group in groups for seed in args.seeds]
-    if args.out and len(jobs) > 1:
-        raise InputError(f"--out {args.out}: is one run's folder, {len(jobs)} runs are asked for; "
-                         "leave it out")
+    for job in jobs:
+        if args.out:
+            job.out = args.out if len(jobs) == 1 else args.out / job.out.name
     return jobs
 
 
@@ -92,7 +92,8 @@ def parse(argv, config_class, presets: dict, options: dict, add_predict_options)
     add("--seed", "--seeds", dest="seeds", type=seed_list, default=[0], metavar="SEED",
         help="a number, or several as in 0-4 or 0,3,7: a run for each; what is trained is not "
         "trained again. A scheduler can start each by itself")
-    add("--out", type=Path, help="run folder (default: runs/DATA/CATEGORY-PRESET-seedN)")
+    add("--out", type=Path, help="run folder, or the folder that holds those of several runs "
+        "(default: runs/DATA/CATEGORY-PRESET-seedN)")
     add("--take", type=Path, metavar="RUN", help="a finished run whose models are taken over, as "
         "far as the settings agree")
     add("--cache", type=Path, default=Path("cache"), help="of features (default: cache)")

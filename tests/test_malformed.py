@@ -318,7 +318,7 @@ def wrong_options():
             ("--hvq-heads", "5"), ("--mim-heads", "3"), ("--mask", "checkerboard"),
             ("--image-size", "30"), ("--train-ratio", "0.001"), ("--score-ratio", "0.001"),
             ("--codes", "40000"), ("--target", "code"), ("--wrong", "1"),
-            ("--out", "other", "--seeds", "0-1"), ("--cache", "run/scores.csv")):
+            ("--cache", "run/scores.csv")):
         yield (*TRAIN, *more)
     yield from (("train",), ("train", "--category"), (), ("nothing",), ("predict",))
     yield "predict", "photos"

@@ -423,7 +423,8 @@ def test_models_of_other_photos_are_not_taken_over(trained, tmp_path):
 def test_categories_and_seeds_in_turn(tmp_path, monkeypatch):
     for name in ("gadgets", "widgets"):
         make_photos(tmp_path / "photos", name, train=6, validation=2, good=2, bad=2)
-    several = (*TRAIN, "--category", "gadgets,widgets", "--separate", "--seeds", "0,3-4")
+    several = (*TRAIN, "--category", "gadgets,widgets", "--separate", "--seeds", "0,3-4", "--out",
+               "mine")
     real, folders, trained = evaluation.write_scores, [], []
 
     def stop_in_the_fourth(folder, *rest):
@@ -436,7 +437,7 @@ def test_categories_and_seeds_in_turn(tmp_path, monkeypatch):
         patch.setattr(evaluation, "write_scores", stop_in_the_fourth)
         assert command(*several, cwd=tmp_path).returncode == 130
     assert folders == ["gadgets-tiny-seed0", "gadgets-tiny-seed3", "gadgets-tiny-seed4"]
-    home = tmp_path / "runs/photos"
+    home = tmp_path / "mine"                         # --out holds the folders of several runs
     finished = [home / name / "checkpoint.pt" for name in folders]
     before, begin = [file.read_bytes() for file in finished], runs.Run.begin_epoch
 
@@ -448,7 +449,7 @@ def test_categories_and_seeds_in_turn(tmp_path, monkeypatch):
     result = command(*several, cwd=tmp_path)
     # The fourth one was trained, only its scores are missing. Of the finished ones nothing is
     # trained or written again.
-    assert result.returncode == 0 and result.stdout.count("run: runs/photos/") == 6
+    assert result.returncode == 0 and result.stdout.count("run: mine/") == 6
     assert trained == ["widgets-tiny-seed3"] * 6 + ["widgets-tiny-seed4"] * 6
     assert [file.read_bytes() for file in finished] == before
     trains("--seed", "3", "--out", "alone", cwd=tmp_path)
