@@ -16,7 +16,6 @@ import torch
 from conftest import TRAIN, checkpoint, command, make_photos, one_error, score_rows, trains
 from PIL import Image
 
-import data
 import eval as evaluation
 import ladmim
 

@@ -97,13 +97,6 @@ def test_a_reader_that_left_is_no_error():
     child.stderr.close()
 
 
-def test_data_is_no_command():
-    done = subprocess.run([sys.executable, data.__file__, "render", "--out", "x"],
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert "python twin/render.py" in done.stderr
-
-
 def test_a_folder_for_drawings_is_not_the_photos_own(tmp_path):
     path = picture(tmp_path / "photos/000.png")
     data.make_folder(tmp_path / "a/b", "--heatmap", [path])
