@@ -45,7 +45,7 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
                         f"got {logits.dtype}, {codes.dtype}, {mask.dtype}")
     if logits.device.type == "cpu" and not (use_triton(logits) or is_compiling()):
         # An operator's dispatch would take longer than the rows of a step.
-        keep = torch.is_grad_enabled()  # somebody may differentiate, vmap and jvp do not say who
+        keep = torch.is_grad_enabled()  # inside vmap and jvp requires_grad tells nothing
         difference = _P_and_difference(logits, codes, mask, keep)[1]
         return (difference.abs() if keep else difference.abs_()).sum(-1)
     if unpack_dual(logits).tangent is not None:
@@ -108,7 +108,7 @@ def _torch_path(logits, codes, mask, differentiate):
 
 
 def _P_and_difference(logits, codes, mask, keep):
-    """P and P - Q, differentiable in logits; or, not to keep P, P - Q twice: it spares memory."""
+    """P and P - Q, differentiable in logits; without `keep` P - Q overwrites P. NaN: no token."""
     (B, M, L, K), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     chosen, index, wrong = mask.to(dtype), codes.long(), None
     tokens = chosen.sum(-1).expand(B, M)[:, :, None, None]

@@ -40,7 +40,8 @@ def test_derivatives_but_the_first_are_right_or_refused(monkeypatch, as_operator
     histogram_l1(leaf, codes, mask).sum().backward()             # the first one stays
 
 
-@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="of the torch path")
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="the operator has the first "
+                    "derivative only, as the test above says")
 def test_derivatives_through_vmap_and_jvp_are_right():
     """Inside, logits.requires_grad says nothing of the levels outside."""
     logits, codes, mask = draw(3, 2, 2, 6, 9, masks=2, dtype=torch.float64)
