@@ -125,7 +125,7 @@ def load_pdn(name: str, seed: int) -> tuple[nn.Sequential, str]:
     if not path.is_file():
         raise InputError(f"--pdn {name}: no such file; leave the option out for the shipped "
                          "weights")
-    digest = digest_file(path)
+    digest = path.with_name(f"{path.name}.sha256")
     if digest.is_file():
         expected = digest.read_text(errors="replace").split()[:1]
         if expected != [hashlib.sha256(path.read_bytes()).hexdigest()]:
@@ -135,11 +135,6 @@ def load_pdn(name: str, seed: int) -> tuple[nn.Sequential, str]:
     state = load_file(path, f"--pdn {name}")
     pdn, kind = pdn_from_state(state if isinstance(state, dict) else {}, name)
     return pdn, f"{kind}, from {name}"
-
-
-def digest_file(path: Path) -> Path:
-    """Where a file of weights keeps its SHA-256: beside it."""
-    return path.with_name(path.name + ".sha256")
 
 
 # Features
@@ -290,7 +285,7 @@ def fill_cache(file: Path, shape: tuple, computed) -> np.ndarray:
     digest = hashlib.blake2b(key=file.stem.encode())           # with the name: none is mistaken
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        for left in file.parent.glob("*.part"):    # by processes that were killed
+        for left in file.parent.glob(f"{'[0-9a-f]' * 40}.{'[0-9a-f]' * 8}.part"):       # by a kill
             with suppress(OSError):
                 if time.time() - left.stat().st_mtime > 86_400:
                     left.unlink()

@@ -13,8 +13,7 @@ unsaid = []                              # why `say` could not write
 
 def printable(text: str) -> str:
     """Escapes line breaks, terminal codes and bytes that are no UTF-8: file names may hold them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class InputError(Exception):
@@ -96,6 +95,11 @@ def run_command(command,
         except KeyboardInterrupt:
             tell(f"\n{stopped}")
             code = 130
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in f"{type(error).__name__} {error}".lower():
+                raise
+            tell("error: out of memory; choose smaller batches, fewer masks or a smaller model")
+            code = 2
         except OSError as error:
             if error.filename is None:               # standard output's
                 raise

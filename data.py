@@ -14,11 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:                                  # Windows: two that write at once meet
-    fcntl = None
-
 from console import (InputError, Parser, printable, readable, run_command, say,  # noqa: F401
                      tell, warn)
 from images import (DRAWN, SUFFIXES, UNREAD, ahead, decode, deeper, defect_pixels,  # noqa: F401
@@ -36,50 +31,35 @@ REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 
 # Files
 
-def open_alone(path: Path):
-    """Opens an empty file at path. Waits until no other process has it open in this way; if that
-    one has renamed it, it is not to be touched, and another one is opened."""
-    while True:
-        file = open(path, "ab")
-        if fcntl:
-            with suppress(OSError):                  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                file.truncate(0)
-                return file
-        file.close()
-
-
 def write_whole(path: Path, content: bytes,
                 remedy: str = "free some space and run the same command again"):
     """Written beside, flushed, renamed: a kill or a full disk leaves the last good file. Of several
     processes that write it at once each writes all of it."""
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(f".{os.urandom(8).hex()}.new")
     try:
-        with open_alone(beside) as file:
+        with open(beside, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            if not fcntl:                            # Windows renames no open file
-                file.close()
-            os.replace(beside, path)
+        os.replace(beside, path)
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
         raise InputError(f"{path}: could not be saved ({error.strerror}); what was saved before "
                          f"is intact: {remedy}") from None
+    finally:
+        with suppress(OSError):                      # after Ctrl-C or an error it is still there
+            beside.unlink()
 
 
-def make_folder(folder: Path, option: str, photos: list[Path]):
-    """Makes a folder for what is drawn of photos; it may not be theirs."""
+def make_folder(folder: Path, option: str, photos: list[Path], names: list[str]):
+    """Makes a folder for what is drawn of photos, NAME.png each; it may not be theirs, and of what
+    is there only drawings are replaced."""
     if folder.resolve() in {path.resolve().parent for path in photos}:
         raise InputError(f"{option} {folder}: holds the photos themselves; name another folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{option} {folder}: cannot be made ({error.strerror}); name another "
-                         "folder") from None
+    for file in (folder / f"{name}.png" for name in names):
+        if os.path.lexists(file) and not is_drawn(file):
+            raise InputError(f"{option} {folder}: holds {file.name}, which is no heat map; name "
+                             "another folder")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def in_batches(items, size: int):
@@ -193,7 +173,8 @@ def layout_of(folder: Path):
     if (folder / "train").is_dir():
         return folder_layout
     table = folder.parent / VISA_TABLE
-    if (folder / "image_anno.csv").is_file() or (table.is_file() and folder != table.parent):
+    if (folder / "image_anno.csv").is_file() or (
+            table.is_file() and f"{folder.name}/" in table.read_text(errors="replace")):
         return visa_layout
     return None
 
@@ -245,7 +226,7 @@ def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
     are left out: only normals standardise scores."""
     with readable():
         folder = root / category
-        if Path(category).name != category or category == ".." or not folder.is_dir():
+        if category in ("", "..") or Path(category).name != category or not folder.is_dir():
             names = list_categories(root)
             raise InputError(f"--category {category}: not in {root}; found: {', '.join(names)}")
         photos = (layout_of(folder) or folder_layout)(folder)
@@ -296,6 +277,8 @@ def flat_names(paths: list[Path]) -> list[str]:
     names = {}                                     # by lower case: some file systems ignore case
     for part in parts:
         name = "_".join(part[shared:])
+        if len(os.fsencode(name)) > 200:           # more than 255 bytes no file system takes
+            name = f"{name[:40]}_{hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
         while name.lower() in names:
             name += "_2"
         names[name.lower()] = name
@@ -325,12 +308,12 @@ def count_table(photos: list[Photo]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def check_test_split(photos: list[Photo]):
+def check_test_split(photos: list[Photo], needed=False):
     """A test split of one kind only gives no AUROC; better said now than after the training. None
-    at all is fine: own photos are often good ones only."""
+    at all is fine, unless it is needed: own photos are often good ones only."""
     for name, mine in by_category(photos).items():
         labels = {photo.label for photo in mine if photo.split == "test"}
-        if len(labels) == 1:
+        if len(labels) == 1 or needed and not labels:
             lacks = ("anomalies: put some in test/NAME_OF_THE_DEFECT" if labels == {0}
                      else "good photos: put some in test/good")
             raise InputError(f"{name}: its test split has no {lacks}, or take the test folder away "

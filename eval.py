@@ -32,7 +32,7 @@ ANY = "any defect"                      # a column: data whose defects have othe
 DETECTORS = {"hvq": "HVQ alone", "mim": "MIM alone", "both": "both"}
 PERCENTILE = 95                         # of the validation normals: a score above it is an anomaly
 GROUP = ("preset", "commit", "trained on")    # runs of one data set that agree here differ in seed
-RUNS = Path("runs")
+RUNS, MADE_BY = Path("runs"), '{\n "made_by": '       # how the JSON of a command begins
 STANDARDISED = "scores standardised with mean and population std of the validation normals only"
 LEAKS = ("LEAKS: scores standardised with mean and std of the whole test set, anomalies included; "
          "to compare with the published code, never to report")
@@ -95,7 +95,7 @@ def find_runs(folders: list[Path]) -> list[Path]:
 
 def read_text(file: Path) -> str:
     with data.readable():               # the name of a photo may hold any bytes
-        return file.read_text(encoding="utf-8", errors="surrogateescape")
+        return file.read_bytes().decode("utf-8", "surrogateescape")
 
 
 def read_config(file: Path) -> dict:
@@ -147,7 +147,7 @@ def read_maps(scored: ScoredRun) -> dict[str, dict[str, np.ndarray]]:
     try:
         with np.load(file, allow_pickle=False) as content:
             paths, pairs = content["path"].tolist(), content["maps"]          # (n,), (n, 2, g, g)
-        if not np.isfinite(pairs).all():
+        if not np.isfinite(pairs).all() or pairs.shape != (len(paths), 2, *2 * pairs.shape[-1:]):
             raise ValueError
         return {path: {"structural": structural, "logical": logical, "sum": structural + logical}
                 for path, (structural, logical) in zip(paths, pairs)}
@@ -209,7 +209,7 @@ def anomaly_groups(kinds) -> dict[str, list[str]]:
     anomalies = sorted(set(kinds) - {"good"})
     if set(anomalies) <= set(LOCO_KINDS):
         return {LOCO_KINDS[kind]: [kind] for kind in anomalies}
-    return {ANY: anomalies, **{kind: [kind] for kind in anomalies}}
+    return {ANY: anomalies, **{kind: [kind] for kind in anomalies if kind != ANY}}
 
 
 def aurocs(kinds, scores) -> dict[str, float]:
@@ -453,8 +453,9 @@ def chosen_runs(args) -> list[Path]:
     return folders
 
 
-def write_report(file: Path, text: str, mark: str) -> None:
-    """Replaces an earlier report, known by the mark near its start, and no other file."""
+def write_report(file: Path, content: bytes | None, mark: str) -> None:
+    """Replaces an earlier report, known by the mark near its start, and no other file. None: only
+    looks whether it could."""
     with data.readable():
         foreign = file.exists() and not file.is_file()       # of a pipe nothing may be read
         if file.is_file():
@@ -463,7 +464,8 @@ def write_report(file: Path, text: str, mark: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     if foreign:
         raise InputError(f"{file} exists and was not written by this command: name another file")
-    data.write_whole(file, text.encode(errors="replace"), "name another file")
+    if content is not None:
+        data.write_whole(file, content, "name another file")
 
 
 def publish(name: str, args, tables: list[tuple], records, problems: list[str], banner="",
@@ -474,7 +476,7 @@ def publish(name: str, args, tables: list[tuple], records, problems: list[str], 
     report = {"made_by": "LADMIM", "problems": problems, "records": records,
               "tables": [dict(zip(keys, (banner, *table))) for table in tables]}
     write_report(args.json or args.runs / f"{name}.json",
-                 json.dumps(report, indent=1, default=asdict), '{\n "made_by": ')
+                 json.dumps(report, indent=1, default=asdict).encode(), MADE_BY)
     if tables and not shown:
         texts = [markdown(*table, banner) for table in tables]
         shown = "\n\n".join([PROTOCOL.format(banner or STANDARDISED), *texts]) + "\n"

@@ -574,7 +574,7 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, own=None,
     fills a GPU."""
     budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
     width = max(cfg.mim_width, 0 if cfg.target == "histogram" else mim.head.out_features)
-    step = max(1, budget // (len(h0) * h0.shape[1] * width * 4))     # masks at once
+    step = max(1, budget // max(1, len(h0) * h0.shape[1] * width * 4))     # masks at once
     histogram = []                                   # only `whitened` needs them
     with in_precision(cfg.precision, h0.device):
         rebuilt, codes = hvq(h0, own)
@@ -689,8 +689,8 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
 def all_errors(hvq: HVQ, mim: ViT, cfg: Config, photos: Features, index, masks, batch: int = 8):
     """`kept_errors` of the photos numbered by index, on the CPU."""
     progress, (rank, size) = Progress("scoring", len(index), "photos"), processes()
-    kept = None
-    for start in range(0, len(index), batch)[rank::size]:
+    kept, starts = None, range(0, len(index), batch)[rank::size]
+    for start in starts or [len(index)]:             # a process without photos only takes part
         some = index[start:start + batch].to(masks.device)
         found = errors(hvq, mim, cfg, photos.h0(some), masks, photos.pixels(some),
                        photos.own(some))

@@ -27,22 +27,24 @@ def seed_list(text: str) -> list[int]:
     return list(seeds)
 
 
+def count(text: str) -> int:
+    """ "3" -> 3; no number below 1."""
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 def chosen_settings(args, config_class) -> dict:
-    """The settings that were typed."""
+    """The settings that were typed. A file of weights has one name, however its path was typed.
+    What lies in the working directory or below it is named from there, so that one may be moved as
+    a whole."""
     typed = {field.name: getattr(args, field.name) for field in dataclasses.fields(config_class)}
-    if typed["pdn"] not in (None, "random"):         # a path of one's own, also if it is SHIPPED
-        typed["pdn"] = weights_name(os.path.abspath(typed["pdn"]))
+    if typed["pdn"] not in (None, "random"):
+        path = Path(typed["pdn"]).resolve()
+        below = os.path.relpath(path)
+        outside = below.startswith("..") or below == SHIPPED     # not this repository's own
+        typed["pdn"] = SHIPPED if path == ROOT / SHIPPED else str(path) if outside else below
     return {name: value for name, value in typed.items() if value is not None}
-
-
-def weights_name(name: str) -> str:
-    """The setting `pdn`: one name a file, however its path was typed. What lies in the working
-    directory or below it is named from there, so that one may be moved as a whole."""
-    path = Path(name).resolve()
-    if name in ("random", SHIPPED) or path == ROOT / SHIPPED:
-        return "random" if name == "random" else SHIPPED
-    below = os.path.relpath(path)
-    return str(path) if below.startswith("..") or below == SHIPPED else below
 
 
 def check_typed(typed: dict, cfg):
@@ -53,13 +55,16 @@ def check_typed(typed: dict, cfg):
     elif cfg.codebook == "gradient":
         idle["ema_decay"] = "--codebook gradient"
     if cfg.mask != "block":
-        idle["train_block"] = f"--mask {cfg.mask}"   # scored is always with blocks
+        idle["train_block"] = f"--mask {cfg.mask}"   # scoring always uses blocks
     if cfg.mask == "checkerboard":
         idle["train_ratio"] = "--mask checkerboard"
-    for model in ("hvq", "mim"):
+    for model, names in (
+            ("hvq", "hvq_lr hvq_weight_decay hvq_clip hvq_drop hvq_drop_at commitment codebook "
+                    "ema_decay"),                    # hvq_dropout acts where codebooks start
+            ("mim", "mim_lr mim_last_lr mim_weight_decay mim_clip mim_warmup mim_dropout mim_batch "
+                    "mask train_ratio train_block")):
         if not getattr(cfg, f"{model}_epochs"):
-            idle |= {f"{model}_{name}": f"--{model}-epochs 0" for name in (
-                "lr", "last_lr", "weight_decay", "clip", "drop", "drop_at", "warmup", "dropout")}
+            idle |= dict.fromkeys(names.split(), f"--{model}-epochs 0")
     for name, value in typed.items():
         if name in idle:
             raise InputError(f"--{name.replace('_', '-')} {value}: does nothing beside "
@@ -79,6 +84,8 @@ def check_settings(cfg, options: dict, side: int):
             check(name, value in options[name], f"must be one of {', '.join(options[name])}")
         if isinstance(value, float):
             check(name, math.isfinite(value) and value >= 0, "must be a number from 0 up")
+        if isinstance(value, (int, float)):
+            check(name, value <= 10**6, "too large")
         if isinstance(value, int):
             least = 0 if name.endswith("epochs") or name == "mim_warmup" else 1
             check(name, value >= least, "too small")

@@ -53,10 +53,11 @@ def pick_threshold(detector, args) -> tuple[float, str]:
     asked, threshold = args.false_alarms, args.threshold
     if threshold is not None and not math.isfinite(threshold):
         raise InputError(f"--threshold {threshold}: must be a finite number")
-    if asked is not None and not 0 < asked < 1:
-        raise InputError(f"--false-alarms {asked}: must lie between 0 and 1, as 0.01")
+    if asked is not None and not 1e-6 <= asked < 1:
+        raise InputError(f"--false-alarms {asked}: must be at least 1e-6 and below 1, as 0.01")
     if threshold is not None or not (asked or (args.run / "scores.csv").exists()):
-        return detector.normal["threshold"] if threshold is None else threshold, "as given"
+        return (threshold, "as given") if threshold is not None else (
+            detector.normal["threshold"], "the run's own")
     total, _, normals = evaluation.total_scores(evaluation.read_run(args.run), detector.category)
     enough, words = worth(normals.sum(), asked or ALARMS)
     if not asked:
@@ -84,13 +85,14 @@ def next_step(folder: Path) -> str:
 def predict(detector, args) -> int:
     """Exit code 1 where a photo could not be read."""
     paths, records = data.find_images(args.images), []
+    names = data.flat_names(paths)
     size, white = detector.cfg.image_size, detector.white
     threshold, meaning = pick_threshold(detector, args)
     if args.heatmap:
-        data.make_folder(args.heatmap, "--heatmap", paths)
+        data.make_folder(args.heatmap, "--heatmap", paths, names)
     if args.csv:
         write_table(args.csv, records)               # what cannot be written is best said now
-    photos = zip(paths, data.flat_names(paths), data.load_images(paths, size, white))
+    photos = zip(paths, names, data.load_images(paths, size, white))
     try:
         for batch in data.in_batches(photos, 8):
             data.warn_of_depth([path for path, *_ in batch], white)
@@ -138,4 +140,4 @@ def write_table(file: Path, records: list[dict]):
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
     writer.writerows(records)
-    evaluation.write_report(file, table.getvalue(), ",".join(COLUMNS))
+    evaluation.write_report(file, table.getvalue().encode(errors="replace"), ",".join(COLUMNS))

@@ -19,7 +19,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import RENDERED_MARK, InputError, Parser, fcntl, tell, write_whole
+try:
+    import fcntl
+except ImportError:                      # Windows
+    fcntl = None
+
+from data import RENDERED_MARK, InputError, Parser, tell, write_whole
 from kernels.dispatch import use_triton
 from options import seed_list
 
@@ -67,6 +72,10 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
     groups = [[name] for name in names] if args.separate else [names]
     if args.separate and args.category != "all" and len(names) == 1:
         raise InputError("--separate: does nothing beside one --category; leave it out")
+    if args.take and len(groups) * len(args.seeds) > 1:
+        raise InputError("--take: serves one run; leave --separate and further seeds out")
+    if args.take:
+        load_finished(args.take, "--take")           # a wrong one is best named before all else
     jobs = [Job(cfg, preset, root, group, device, seed, called, cache=args.cache, take=args.take)
             for group in groups for seed in args.seeds]
     for job in jobs:
@@ -211,12 +220,12 @@ def first_process_first():
 @contextlib.contextmanager
 def joined(device: torch.device):
     """Inside, the processes that torchrun started know each other; all but the first are mute."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    if "LOCAL_RANK" not in os.environ:
-        raise InputError("WORLD_SIZE is set, but not LOCAL_RANK: start several processes with "
-                         "torchrun, or unset it")
+    if not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        raise InputError("WORLD_SIZE is set, but not by torchrun: start several processes with it, "
+                         "or unset WORLD_SIZE")
     local = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
@@ -306,7 +315,7 @@ def lock(folder: Path):
     """Makes the folder and holds it for this process. The system lets go when the process ends,
     however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "w")
+    file = open(folder / "lock", "a")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -325,6 +334,12 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
     if not file.exists():
         if job.out.exists() and not job.out.is_dir():
             raise InputError(f"--out {job.out}: is no folder; name another one")
+        ours = False                                 # stopped before its first checkpoint
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            ours = "preset" in json.loads((job.out / "config.json").read_bytes())
+        for name in ("config.json", "metrics.jsonl", "scores.csv", "maps.npz"):
+            if not ours and (job.out / name).exists():
+                raise InputError(f"--out {job.out}: holds a {name}, but no run; name another one")
         return None
     state = load_checkpoint(file)
     held = defaults | state["config"]
@@ -348,11 +363,14 @@ class Run:
         self.saved, self.asked_to_stop = time.monotonic(), False
         self.writes = processes()[0] == 0
         self.lock = lock(self.folder) if self.writes else None
-        begun, file = begun_state(job, defaults), self.folder / "config.json"
-        self.state = begun or {"format": FORMAT, "config": job.config(), "stage": "", "epoch": 0,
-                               "metrics": []}
-        if self.writes and not (begun and file.exists()):
-            write_whole(file, (json.dumps(self.state["config"], indent=1) + "\n").encode())
+        self.state = begun_state(job, defaults) or {
+            "format": FORMAT, "config": job.config(), "stage": "", "epoch": 0, "metrics": []}
+        self.state["config"]["root"] = job.config()["root"]      # a data set may have moved
+        for left in self.folder.glob(".*.new") if self.writes else ():       # by a kill
+            left.unlink()
+        if self.writes:
+            write_whole(self.folder / "config.json",
+                        (json.dumps(self.state["config"], indent=1) + "\n").encode())
         self.write_metrics()
 
     def save(self, **news):
@@ -454,7 +472,11 @@ class Run:
             raise KeyboardInterrupt
 
     def save_stage(self, stage: str, epoch: int, model, optimizer):
-        self.state[stage] = model.state_dict()
+        weights = model.state_dict()
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise InputError(f"{stage} training: weights overflow in epoch {epoch}; the last good "
+                             f"checkpoint is kept; try a smaller --{stage}-lr")
+        self.state[stage] = weights
         self.save(stage=stage, epoch=epoch, optimizer=optimizer.state_dict())
 
     def finish(self, stage: str, model, optimizer):

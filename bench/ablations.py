@@ -57,11 +57,11 @@ SHORTCUT = ('rows "over test" LEAK: standardised over the whole test set, as in 
 
 
 def train(job: runs.Job) -> Path:
-    """The folder of this run, trained unless it is there and finished."""
-    state = runs.begun_state(job, vars(ladmim.Config()))
-    if state and state["stage"] == "done":
-        return job.out
+    """The folder of this run, trained unless it is there and finished. Photos that changed since
+    are scored anew."""
     options.check_settings(job.cfg, ladmim.OPTIONS, backbone.positions(job.cfg.image_size))
+    for name in job.names:
+        data.check_test_split(data.find_photos(job.root, name, job.seed), needed=True)
     data.tell(data.printable(str(job.out)))
     with contextlib.redirect_stdout(sys.stderr):     # standard output is the table's
         ladmim.train_run(job)
@@ -95,7 +95,8 @@ def ablate(name: str, args) -> dict:
         alone = {one: [one] for one in categories}
         groups = {whole: categories} if args.together or label.startswith("one model") else alone
         for seed, called in itertools.product(args.seeds, groups):
-            job = runs.Job(usual, args.preset, root, groups[called], device, seed, called)
+            job = runs.Job(usual, args.preset, root, groups[called], device, seed, called,
+                           cache=args.cache)
             job.out = args.runs / root.resolve().name / job.out.name
             scored = evaluation.read_run(train_row(job, settings))
             for one in groups[called]:
@@ -137,15 +138,18 @@ def print_tables(argv) -> int:
     add("--seeds", type=options.seed_list, default=[0], help="as in 0-4 (default 0)")
     add("--preset", choices=ladmim.PRESETS, default="tiny")
     add("--together", action="store_true", help="one model for all categories")
-    add("--mim-epochs", type=int, help="of the rows' ViT (default: the preset's)")
+    add("--mim-epochs", type=options.count, help="of the rows' ViT (default: the preset's)")
     add("--data", help="the folder that holds the category folders")
     add("--runs", type=Path, default=Path("runs"), help="default: runs")
+    add("--cache", type=Path, default=Path("cache"), help="of features (default: cache)")
     add("--json", type=Path, help="default: ablation-NAME.json in the runs' folder")
     args = parser.parse_args(argv)
     if args.together and args.name == "multi":
         raise data.InputError("--together: multi has a row for that; leave it out")
+    name = f"ablation-{args.name}"
+    evaluation.write_report(args.json or args.runs / f"{name}.json", None, evaluation.MADE_BY)
     rows = ablate(args.name, args)
-    return evaluation.publish(f"ablation-{args.name}", args, tables(args.name, rows), rows, [],
+    return evaluation.publish(name, args, tables(args.name, rows), rows, [],
                               SHORTCUT if args.name == "leak" else "")
 
 

@@ -102,7 +102,7 @@ def measure(args) -> int:
     teachers = {name: load_teacher(name, device) for name in args.teacher}
     for name in names:
         photos, rows = data.find_photos(root, name, 0), []
-        data.check_test_split(photos)
+        data.check_test_split(photos, needed=True)
         for file, pdn in pdns.items():
             seen, left, at, _ = backbone.find_features(photos, pdn, SIZE, args.grid, False,
                                                        device, args.cache)

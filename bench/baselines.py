@@ -9,6 +9,7 @@ same command goes on. SSM, SCADN, ComAD, GCAD, CSAD and PSAD stay as reported: b
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ladmim  # noqa: E402
+import options  # noqa: E402
 import runs  # noqa: E402
 from bench import ablations, efficientad, masked, patchcore  # noqa: E402
 from bench.rival import Photos, megabytes, milliseconds  # noqa: E402
@@ -44,18 +46,16 @@ COSTS = ("train", "image", "megabytes", "steps", "settled", "curve")
 def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
     """What the method found on these photos: in RUN/rivals, or now."""
     file = photos.scored_run.folder / "rivals" / f"{name}.json"
-    about = {"photos": photos.paths, "scored": [photos.paths[i] for i in photos.scored],
-             "steps asked for": steps, "precision": photos.precision}
+    about = photos.about
+    if name.startswith(("smae", "maeday", "efficientad")):           # what is trained
+        about = about | {"steps asked for": steps, "precision": photos.precision}
     if file.exists():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             kept = json.loads(evaluation.read_text(file))
-            same = kept["about"] == about
-        except (ValueError, KeyError, TypeError):
-            raise data.InputError(f"{file}: damaged; delete it") from None
-        if not same:
-            raise data.InputError(f"{file}: is about other photos, --steps or --precision; delete "
-                                  "it")
-        return kept
+            if kept["about"] == about:
+                return kept
+        raise data.InputError(f"{file}: damaged, or about other photos, --steps or --precision; "
+                              "delete it")
     data.tell(data.printable(f"{photos.scored_run.folder}: {name}"))
     kept = {**method(photos, steps), "about": about}
     data.write_whole(file, json.dumps(kept).encode(errors="surrogatepass"), "free some space")
@@ -85,8 +85,7 @@ def compare(folder: Path, ours: list[dict], args) -> list[dict]:
     costs = keep(photos, "ladmim", ladmim_costs, None)
     found = [("LADMIM", {record["category"]: record["both"] for record in ours}, costs)]
     for name in args.methods:
-        trains = name not in ("patchcore", "patches")
-        kept = keep(photos, name, METHODS[name], args.steps if trains else None)
+        kept = keep(photos, name, METHODS[name], args.steps)
         for system, scores in kept["scores"].items():
             found.append((system, photos.aurocs(scores), kept))
             kept = {**kept, "curve": None}           # EfficientAD's is PUAD's, too: shown once
@@ -208,14 +207,15 @@ def parse(argv):
     add("--seeds", type=runs.seed_list, default=[0], help="as in 0-4 (default 0)")
     add("--preset", choices=ladmim.PRESETS, default="tiny", help="LADMIM's (default tiny)")
     add("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}; all")
-    add("--steps", type=int, help="at most so many steps of each training")
+    add("--steps", type=options.count, help="at most so many steps of each training")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the rivals' trainings")
     add("--cache", type=Path, default=Path("cache"), help="default: cache")
     args = parser.parse_args(argv)
-    if args.steps is not None and args.steps < 1:
-        raise data.InputError(f"--steps {args.steps}: must be 1 or more")
     if not args.category and (args.data or args.multi):
         raise data.InputError("--data and --multi need --category")
+    if args.category and args.paths:
+        raise data.InputError(f"--category {args.category}: does nothing beside {args.paths[0]}; "
+                              "leave one out")
     asked, args.methods = args.methods, args.methods.split(",")
     if set(args.methods) - METHODS.keys():
         raise data.InputError(f"--methods {asked}: choose from {', '.join(METHODS)}")
@@ -240,6 +240,7 @@ def trained_runs(args) -> list[Path]:
 
 
 def print_tables(args) -> int:
+    evaluation.write_report(args.json or args.runs / "baselines.json", None, evaluation.MADE_BY)
     folders = trained_runs(args) if args.category else evaluation.chosen_runs(args)
     found, problems = evaluation.evaluate_runs(folders)
     records = []

@@ -4,7 +4,7 @@ A student learns to say what the frozen teacher (our PDN) says of a photo, from 
 an autoencoder, too, through 64 numbers for the whole photo; and the student's other half learns to
 say what the autoencoder says. Where student and teacher differ, a part is broken; where student and
 autoencoder differ, the arrangement is wrong. PUAD adds how far the photo's mean feature is from the
-training photos'.
+training photos', by Mahalanobis; the covariance is shrunk as in scores.py.
 
 Cut, so that two cores suffice: the penalty on ImageNet's photos (there are none here) and the
 colour jitter of the autoencoder's input, so the teacher's features are computed once. The student
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from backbone import CHANNELS, STRIDE, build_pdn, look as see, positions
 from eval import standardise
+from scores import distances, whitening
 from bench.rival import Photos, Plan, as_input, fit, megabytes, milliseconds
 
 PLAN = Plan(steps=70_000, every=500, batch=2, lr=1e-4, weight_decay=1e-5)
@@ -101,25 +102,6 @@ def photo_scores(local, wide, of_local, of_wide) -> torch.Tensor:
     return ((maps[0] + maps[1]) / 2).flatten(1).amax(1)
 
 
-def ledoit_wolf(x: torch.Tensor) -> torch.Tensor:
-    """x (n, d) -> the covariance (d, d) of its rows, shrunk towards a multiple of the identity as
-    Ledoit and Wolf 2004 have it: with fewer photos than channels the plain one has no inverse."""
-    x = x.double() - x.double().mean(0)
-    (n, d), covariance = x.shape, x.T @ x / len(x)
-    target = covariance.trace() / d * torch.eye(d, dtype=x.dtype)
-    off = (covariance - target).square().sum()
-    noise = (x.square().sum(1).square().mean() - covariance.square().sum()) / n
-    share = float((noise / off).clamp(0, 1)) if off > 0 else 1.0
-    return (1 - share) * covariance + share * target
-
-
-def mahalanobis(x: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-    """x (B, d), normal (n, d) -> (B,) distances of x from the mean of the normal rows."""
-    off = x.double() - normal.double().mean(0)
-    whitened = off @ torch.linalg.pinv(ledoit_wolf(normal), hermitian=True)
-    return (whitened * off).sum(1).clamp(min=0).sqrt()
-
-
 def run_name(width: float) -> str:
     return "efficientad" if width == 1 else f"efficientad-{width:g}"
 
@@ -158,8 +140,8 @@ def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
         local, wide, vectors, _ = look_at(photos.scored)
         normal_vectors = look_at(photos.train)[2]
     efficientad, normal = scores_of(local, wide)
-    puad = sum(standardise(part, part[:first]) for part in (
-        efficientad.numpy(), mahalanobis(vectors, normal_vectors).numpy()))
+    far = distances(vectors[:, None], whitening(normal_vectors[:, None]))[:, 0].sqrt()
+    puad = sum(standardise(part.numpy(), part[:first].numpy()) for part in (efficientad, far))
     pdn = photos.ladmim.pdn
 
     def judge(images):

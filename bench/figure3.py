@@ -11,16 +11,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ladmim  # noqa: E402
+import options  # noqa: E402
 import runs  # noqa: E402
 from bench import ablations, baselines, efficientad, rival  # noqa: E402
 
+MARK = "LADMIM figure"                  # of an earlier one, which may be replaced
 WIDTHS = (0.25, 0.5, 1, 2)
 COLOURS = ((30, 90, 200), (220, 110, 20))
 SIZE, LEFT, TOP, RIGHT, BOTTOM = (720, 480), 70, 30, 20, 60          # pixels
@@ -88,15 +90,19 @@ def write(argv) -> int:
     add("--category", default="all", help="a comma list or all: one model for all of them")
     add("--data", help="the folder that holds the category folders")
     add("--preset", choices=ladmim.PRESETS, default="tiny", help="default: tiny")
-    add("--steps", type=int, help="at most so many steps of EfficientAD's training")
+    add("--steps", type=options.count, help="at most so many steps of EfficientAD's training")
     add("--runs", type=Path, default=Path("runs"), help="default: runs")
     add("--cache", type=Path, default=Path("cache"), help="default: cache")
     add("--out", type=Path, help="default: figure3.png in the runs' folder")
     parser.set_defaults(together=True, mim_epochs=None, seeds=[0])
     args = parser.parse_args(argv)
-    curves, out, content = points(args), args.out or args.runs / "figure3.png", io.BytesIO()
-    draw(curves, f"Figure 3, one model of {args.category}: AUROC %").save(content, "png")
-    data.write_whole(out, content.getvalue(), "name another file")
+    out = args.out or args.runs / "figure3.png"
+    evaluation.write_report(out, None, MARK)         # what cannot be written is best said now
+    curves, mark, content = points(args), PngImagePlugin.PngInfo(), io.BytesIO()
+    mark.add_text("Software", MARK)
+    draw(curves, f"Figure 3, one model of {args.category}: AUROC %").save(content, "png",
+                                                                          pnginfo=mark)
+    evaluation.write_report(out, content.getvalue(), MARK)
     rows = [[name, f"{mb:.1f}", evaluation.Spread(auroc / 100)]
             for name, curve in curves.items() for mb, auroc in curve]
     print(evaluation.markdown(str(out), ["system", "MB", "AUROC %"], rows))

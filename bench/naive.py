@@ -8,7 +8,6 @@ tests/test_bench.py holds both sides to the same losses, codebooks and scores.
 """
 from __future__ import annotations
 
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -20,7 +19,6 @@ import data
 import ladmim
 import scores
 from runs import seeded
-from twin.render import render
 
 
 # The long way
@@ -36,24 +34,8 @@ def nearest_own_code(x, codebooks, own):
     return torch.cdist(x, codebooks[0]).argmin(2)
 
 
-@torch.no_grad()
-def count(hvq, psi, codes):
-    """Code counts and EMA sums through a one-hot matrix, as the common VQ-VAE codebases have it."""
-    for level in range(hvq.levels):
-        index = codes[:, level].flatten()
-        one_hot = F.one_hot(index, hvq.codebooks.shape[1]).float()                  # (T, K)
-        hvq.used[level] += one_hot.sum(0)
-        if hvq.ema:
-            decay, counts, sums = hvq.ema_decay, hvq.ema_count[level], hvq.ema_sum[level]
-            counts.copy_(decay * counts + (1 - decay) * one_hot.sum(0))
-            sums.copy_(decay * sums + (1 - decay) * one_hot.T @ psi[level].flatten(0, 1))
-            seen = counts > 1e-4
-            hvq.codebooks[level][seen] = (sums / counts[:, None])[seen]
-
-
 def hvq_loss(detector, paths):
-    with (patch.object(ladmim, "nearest_own_code", nearest_own_code),
-          patch.object(ladmim.HVQ, "count", count)):
+    with patch.object(ladmim, "nearest_own_code", nearest_own_code):
         return detector.hvq.loss(features(detector, paths))
 
 
@@ -127,15 +109,6 @@ def make_detector(cfg, device):
     masks = ladmim.scoring_masks(cfg, 0, device)
     return ladmim.Detector(cfg, pdn, hvq.to(device), mim.to(device), mean, mean + 1, masks, {}, "",
                            0)
-
-
-def draw_photos(folder: Path, n: int, size: int) -> list[Path]:
-    """n rendered photos of size x size pixels."""
-    try:
-        render(folder, "breakfast_box", {"train": n}, size)
-    except OSError as error:
-        raise data.InputError(str(error)) from None
-    return sorted(folder.glob("breakfast_box/train/good/*.png"))
 
 
 def step(model, loss):

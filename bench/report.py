@@ -168,8 +168,9 @@ def category_section(scored: evaluation.ScoredRun, category: str) -> str:
 
 # Command line
 
-def page(records: list[dict]) -> str:
-    """A category whose photos or models are no longer there gets a line instead of pictures."""
+def page(records: list[dict], problems: list[str]) -> str:
+    """A category whose photos or models are no longer there gets a line instead of pictures; that
+    line joins the problems."""
     body, keys = [], ("data", "rendered", "category", *evaluation.GROUP)
     for members in evaluation.grouped(records, *keys).values():
         first = min(members, key=lambda record: record["seed"])
@@ -178,6 +179,7 @@ def page(records: list[dict]) -> str:
                 scored = evaluation.read_run(Path(first["run"]))
                 section = category_section(scored, first["category"])
         except InputError as error:
+            problems.append(str(error))
             section = f"<p>No pictures: {html.escape(str(error))}</p>"
         title = (f"{evaluation.data_title(first)}: {first['category']}, {first['preset']}, "
                  f"trained on {first['trained on']}, seed {first['seed']}")
@@ -196,7 +198,7 @@ def write(argv) -> int:
     args = parser.parse_args(argv)
     records, problems = evaluation.evaluate_runs(evaluation.chosen_runs(args))
     file = args.out or args.runs / "report.html"
-    evaluation.write_report(file, page(records), MARK)
+    evaluation.write_report(file, page(records, problems).encode(errors="replace"), MARK)
     print(file)
     data.warn(problems)
     return 1 if problems else 0

@@ -33,25 +33,28 @@ class Photos:
         self.ladmim = ladmim.load_detector(scored.folder, self.names[0], runs.pick_device(None))
         self.size, self.device = self.ladmim.cfg.image_size, self.ladmim.mean.device
         found = [photo for name in self.names for photo in data.find_photos(root, name, self.seed)]
-        self.features, self.photos = self.look(found, self.ladmim.cfg.grid)
+        self.features, self.photos, fingerprint = self.look(found, self.ladmim.cfg.grid)
         self.paths = [photo.path.relative_to(root).as_posix() for photo in self.photos]
         train, self.validation, test = (
             torch.tensor([i for i, photo in enumerate(self.photos) if photo.split == split],
                          dtype=torch.long) for split in data.SPLITS)
         self.train, self.scored = train, torch.cat([self.validation, test])
-        if {self.paths[i] for i in self.scored.tolist()} != set(scored.path.tolist()):
+        tested = data.digests([self.photos[i] for i in self.scored], root)
+        self.about = {"photos": fingerprint, "tested": tested}
+        state = runs.load_finished(scored.folder, "run")
+        if self.about != {"photos": state["fingerprint"], "tested": state["tested"]}:
             raise data.InputError(f"{scored.folder}: the photos in {root} changed since it was "
-                                  "trained; train it again")
+                                  "trained; run its train command again")
 
     def look(self, photos: list, grid: int):
-        """-> their features at grid x grid tokens, standardised over the training photos, and the
-        photos that can be read."""
-        seen, left, rows, _ = backbone.find_features(
+        """-> their features at grid x grid tokens, standardised over the training photos; the
+        photos that can be read; the fingerprint of those to train on."""
+        seen, left, rows, fingerprint = backbone.find_features(
             photos, self.ladmim.pdn, self.size, grid, False, self.device, self.cache,
             self.ladmim.white, self.ladmim.cfg.precision)
         train = torch.tensor([photo.split == "train" for photo in left])
         moments = backbone.channel_statistics(seen, rows[train])
-        return backbone.Features(seen, *moments, self.device, rows), left
+        return backbone.Features(seen, *moments, self.device, rows), left, fingerprint
 
     @cached_property
     def everywhere(self) -> backbone.Features:
@@ -96,10 +99,17 @@ def milliseconds(judge, photos: Photos, most: int = 32) -> float:
     images = photos.pixels[photos.scored[:most].numpy()]
     with torch.inference_mode():
         judge(images[:8])
-        began = time.monotonic()
+        began = now(photos.device)
         for start in range(0, len(images), 8):
             judge(images[start:start + 8])
-    return 1e3 * (time.monotonic() - began) / len(images)
+    return 1e3 * (now(photos.device) - began) / len(images)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 # Training
@@ -139,11 +149,11 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look,
     plan = replace(plan, steps=steps or plan.steps)
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.weight_decay)
     file = photos.scored_run.folder / "rivals" / f"{name}.pt"
-    state = {"plan": vars(plan) | {"precision": photos.precision}, "paths": photos.paths,
+    state = {"plan": vars(plan) | {"precision": photos.precision}, "about": photos.about,
              "step": 0, "settled": None, "seconds": 0.0, "curve": []}
     if file.exists():
         held = runs.load_file(file, str(file))
-        if any(held.get(key) != state[key] for key in ("plan", "paths")):
+        if any(held.get(key) != state[key] for key in ("plan", "about")):
             raise data.InputError(f"{file}: is of other settings or photos; delete it")
         state = held
         model.load_state_dict(state["model"])
@@ -163,7 +173,7 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look,
         optimizer.zero_grad()
         found.backward()
         optimizer.step()
-        state["seconds"] += time.monotonic() - began
+        state["seconds"] += now(photos.device) - began
         state["step"] = step = step + 1
         if step % plan.every == 0 or step == end:
             model.eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -26,7 +27,6 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 import data  # noqa: E402
 import ladmim  # noqa: E402
@@ -36,6 +36,8 @@ from backbone import CHANNELS  # noqa: E402
 from kernels import histogram_l1, nearest_code  # noqa: E402
 from kernels.dispatch import triton  # noqa: E402
 from kernels.histogram_l1 import histogram_l1_reference  # noqa: E402
+from scores import histograms  # noqa: E402
+from twin.render import render  # noqa: E402
 
 LEVELS, CODES, TOKENS = 4, 512, 576  # the paper's
 
@@ -156,13 +158,6 @@ def nearest_rows(device: str, shape: tuple, seconds: float, ceiling: dict) -> li
     return kernel_rows(row, result, 2 * T * K * D, 4 * (T * D + K * D) + 12 * T, ceiling)
 
 
-def one_hot_histogram(logits, codes, mask):
-    one_hot = F.one_hot(codes.long(), logits.shape[-1]).to(logits.dtype)  # (B, L, N, K)
-    chosen = mask.expand(len(codes), *mask.shape[-2:]).to(logits.dtype)  # (B, M, N)
-    Q = torch.einsum("bmn,blnk->bmlk", chosen, one_hot) / chosen.sum(-1)[..., None, None]
-    return (logits.softmax(-1) - Q).abs().sum(-1)
-
-
 def histogram_calls(variant, logits, codes, mask) -> dict:
     kept = variant(logits, codes, mask).sum()
 
@@ -181,7 +176,8 @@ def histogram_rows(device: str, batch: tuple, seconds: float, ceiling: dict) -> 
     codes = torch.randint(0, CODES, (B, LEVELS, TOKENS), dtype=torch.int16, device=device)
     mask = torch.rand(M, TOKENS, device=device) < 0.4
     variants = {"kernels": histogram_l1, "scatter": histogram_l1_reference,
-                "one-hot": one_hot_histogram}
+                "one-hot": lambda logits, codes, mask:
+                    (logits.softmax(-1) - histograms(codes, mask, CODES)).abs().sum(-1)}
     calls = {name: histogram_calls(f, logits, codes, mask) for name, f in variants.items()}
     for mode, passes in (("forward", 1), ("backward", 2), ("both", 4)):
         result = measure({name: modes[mode] for name, modes in calls.items()}, device, seconds)
@@ -262,9 +258,13 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="for each row (default 2, with --quick 0.1)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does it all run?")
     parser.add_argument("--naive", action="store_true", help="only this: the long way, and ours")
-    parser.add_argument("--preset", choices=ladmim.PRESETS, help="default: paper, tiny on a CPU")
+    parser.add_argument("--preset", choices=("paper", "fast", "tiny"),
+                        help="default: paper, tiny on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        raise data.InputError(f"--seconds {args.seconds}: must be a number above 0")
+    return args
 
 
 def measure_kernels(device: str, seconds: float, quick: bool) -> dict:
@@ -287,6 +287,7 @@ def measure_kernels(device: str, seconds: float, quick: bool) -> dict:
 
 def benchmark(args) -> int:
     warnings.filterwarnings("ignore")                # until `run_command` ends
+    args.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     preset = args.preset or ("paper" if device == "cuda" else "tiny")
     seconds = args.seconds if args.seconds is not None else 0.1 if args.quick else 2.0
@@ -301,15 +302,15 @@ def benchmark(args) -> int:
     detector = naive.make_detector(cfg, torch.device(device))
     with tempfile.TemporaryDirectory() as folder:
         if args.naive:
-            paths = naive.draw_photos(Path(folder), max(cfg.hvq_batch, cfg.mim_batch, 8), 256)
-            steps = naive.pairs(detector, paths)
+            count = max(cfg.hvq_batch, cfg.mim_batch, 8)
+            render(Path(folder), "breakfast_box", {"train": count}, 256)
+            steps = naive.pairs(detector, sorted(Path(folder).glob("*/train/good/*.png")))
         else:
             steps = kernel_steps(detector, device)
         results["steps"] = step_rows(steps, detector, device, seconds)
     text, name = report(results), re.sub(r"\W+", "-", results["device"]).strip("-").lower()
     name += f"-naive-{preset}" if args.naive else ""
     print(text)
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / f"{name}.md").write_text(text)
     return 0

@@ -1,5 +1,6 @@
 """bench/ablations.py: what it trains, and its tables."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -150,3 +151,38 @@ def test_table_7s_setting_is_one_model_with_a_shorter_training(small, tmp_path, 
         assert record["settings"]["mim_epochs"] == 1
         assert record["settings"]["mask"] == "checkerboard"
     assert ablations.main(["multi", *arguments]) == 2
+
+
+def test_photos_that_changed_are_scored_anew(small, tmp_path, monkeypatch, capsys):
+    """Good and faulty test photos change places under the same names: AUROC 100 - what it was."""
+    shutil.copytree(small / "twin", tmp_path / "twin")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", SETTINGS)
+    before, = ablation("scoring")["records"][""]
+    assert ablations.main(["scoring", *DATA, "--runs", "x", "--json", "twin/none.txt"]) == 0
+    test = tmp_path / "twin/juice_bottle/test"
+    shutil.rmtree(test / "structural_anomalies")
+    (test / "good").rename(test / "x")
+    (test / "logical_anomalies").rename(test / "good")
+    (test / "x").rename(test / "logical_anomalies")
+    for folder in ("logical_anomalies", "structural_anomalies"):
+        shutil.rmtree(tmp_path / "twin/juice_bottle/ground_truth" / folder, ignore_errors=True)
+    after, = ablation("scoring")["records"][""]
+    for part in ("hvq", "mim"):
+        assert after[part]["logical"] == pytest.approx(1 - before[part]["logical"])
+
+
+@pytest.mark.parametrize("more, word", [
+    (["--mim-epochs", "-1"], "--mim-epochs: '-1'"), (["--mim-epochs", "0"], "--mim-epochs: '0'"),
+    (["--json", "twin/juice_bottle/defects_config.json"], "defects_config.json")])
+def test_what_cannot_work_is_said_before_the_training(small, capsys, more, word):
+    assert ablations.main(["scoring", *DATA, "--runs", "early", *more]) == 2
+    assert word in capsys.readouterr().err and not (small / "early/twin").exists()
+
+
+def test_a_category_without_test_photos_is_not_trained(small, tmp_path, capsys):
+    shutil.copytree(small / "twin", tmp_path / "twin")
+    shutil.rmtree(tmp_path / "twin/juice_bottle/test")
+    data_set = ["--data", str(tmp_path / "twin"), "--category", "juice_bottle"]
+    assert ablations.main(["scoring", *data_set, "--runs", "none"]) == 2
+    assert "test split" in capsys.readouterr().err and not (small / "none/twin").exists()

@@ -66,7 +66,7 @@ def test_weight_files_that_are_none(tmp_path):
 def test_weights_are_checked_against_the_sum_beside_them(tmp_path):
     torch.save(backbone.build_pdn("small").state_dict(), tmp_path / "own.pt")
     backbone.load_pdn(str(tmp_path / "own.pt"), 0)                  # no sum, no check
-    backbone.digest_file(tmp_path / "own.pt").write_text("0" * 64 + "  own.pt\n")
+    (tmp_path / "own.pt.sha256").write_text("0" * 64 + "  own.pt\n")
     with pytest.raises(InputError, match="SHA-256"):
         backbone.load_pdn(str(tmp_path / "own.pt"), 0)
 

@@ -172,7 +172,7 @@ def test_scores_join_hvqs_by_the_categorys_validation_normals(beside):
     kept, scored = json.loads((folder / "rivals/maeday.json").read_text()), {}
     for row in csv.DictReader((folder / "scores.csv").open()):
         scored[row["path"]] = row
-    paths = kept["about"]["scored"]
+    paths = list(kept["about"]["tested"])
     mine = dict(zip(paths, kept["scores"]["MAEDAY"]))
     result = json.loads(open("runs/baselines.json").read())
     for name in ("juice_bottle", "pushpins"):
@@ -209,6 +209,32 @@ def test_a_file_that_is_damaged_or_about_others_is_one_line(beside, content, cap
     assert "patchcore.json" in warning and "delete it" in warning
 
 
+@pytest.mark.parametrize("changed", ["test/good", "train/good"])
+def test_photos_that_changed_are_one_line(beside, capsys, changed):
+    """Under the same names: what is kept of a rival is about other photos."""
+    Path("twin").unlink()
+    run = Path("runs/twin/pushpins-tiny-seed0")
+    config = json.loads((run / "config.json").read_text())
+    shutil.copytree(Path(config["root"]) / "pushpins", "twin/pushpins")
+    (run / "config.json").write_text(json.dumps(config | {"root": str(Path("twin").resolve())}))
+    assert baselines.main([str(run), "--methods", "patchcore"]) == 0
+    first, second, *_ = sorted(Path("twin/pushpins", changed).iterdir())
+    shutil.copy(first, second)
+    capsys.readouterr()
+    assert baselines.main([str(run), "--methods", "patchcore"]) == 1
+    warning, = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: runs"))
+    assert "changed since it was trained" in warning
+
+
+def test_what_is_not_trained_is_kept_in_any_precision(beside):
+    run = "runs/twin/pushpins-tiny-seed0"
+    kept = [Path(run, "rivals", f"{name}.json") for name in ("ladmim", "patchcore")]
+    before = [file.stat().st_mtime_ns for file in kept]
+    assert baselines.main([run, "--methods", "patchcore", "--precision", "bf16"]) == 0
+    assert [file.stat().st_mtime_ns for file in kept] == before
+    assert baselines.main([run, "--methods", "smae", "--precision", "bf16"]) == 1
+
+
 def test_photos_that_came_later_are_one_line(beside, capsys):
     """They have no S_HVQ, and the rivals would see other photos than LADMIM."""
     Path("twin").unlink()
@@ -219,12 +245,13 @@ def test_photos_that_came_later_are_one_line(beside, capsys):
     (run / "config.json").write_text(json.dumps(config | {"root": str(Path("twin").resolve())}))
     assert baselines.main([str(run), "--methods", "patchcore"]) == 1
     warning, = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
-    assert str(run) in warning and "train it again" in warning
+    assert str(run) in warning and "train command again" in warning
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["--methods", "gcad"], "--methods gcad"), (["--steps", "0"], "--steps 0"),
-    (["--multi"], "--category"), (["--data", "twin"], "--category"),
+    (["--methods", "gcad"], "--methods gcad"), (["--steps", "0"], "--steps: '0'"),
+    (["--multi"], "--category"),
+    (["runs", "--category", "pushpins"], "--category pushpins"), (["--data", "twin"], "--category"),
     (["--data", "twin", "--category", "pushpins", "--multi"], "--multi")])
 def test_wrong_options_are_one_line(beside, arguments, named, capsys):
     assert baselines.main(arguments) == 2

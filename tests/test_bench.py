@@ -14,6 +14,7 @@ import torch
 import kernels
 import ladmim
 from runs import seeded
+from twin.render import render
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -113,7 +114,8 @@ def test_the_long_way_and_ours_agree(tmp_path, codebook):
     detector = naive.make_detector(cfg, torch.device("cpu"))
     torch.nn.init.normal_(detector.mim.e)
     torch.nn.init.normal_(detector.mim.p)
-    paths = naive.draw_photos(tmp_path, 4, 64)
+    render(tmp_path, "breakfast_box", {"train": 4}, 64)
+    paths = sorted(tmp_path.glob("*/train/good/*.png"))
     assert len(set(path.read_bytes() for path in paths)) == 4
     h0 = naive.features(detector, paths)
     detector.hvq.start_codebooks(h0, seeded(0))

@@ -134,3 +134,13 @@ def test_photos_in_a_folder_that_may_not_be_read_are_not_passed_over(tmp_path):
     done = find_without_permission(tmp_path / "closed", 0o000, find)
     assert done.returncode == 0 and f"{tmp_path}/closed: cannot be read (Perm" in done.stdout
     assert done.stdout.count("cannot be read") == 1
+
+
+@pytest.mark.parametrize("error, code", [
+    ("MemoryError", 2), ("RuntimeError('DefaultCPUAllocator: cannot allocate memory')", 2),
+    ("RuntimeError('CUDA out of memory.')", 2), ("RuntimeError('shapes')", 1)])
+def test_too_little_memory_is_one_line(error, code):
+    done = run_code(f"raise {error}")
+    assert done.returncode == code
+    assert ("error: out of memory; choose smaller batches" in done.stderr) == (code == 2)
+    assert ("Traceback" in done.stderr) == (code == 1)

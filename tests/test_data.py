@@ -99,11 +99,14 @@ def test_a_reader_that_left_is_no_error():
 
 def test_a_folder_for_drawings_is_not_the_photos_own(tmp_path):
     path = picture(tmp_path / "photos/000.png")
-    data.make_folder(tmp_path / "a/b", "--heatmap", [path])
+    data.make_folder(tmp_path / "a/b", "--heatmap", [path], [])
     assert (tmp_path / "a/b").is_dir()
-    own, file = tmp_path / "a/../photos", path / "drawn"
-    refused(lambda: data.make_folder(own, "--heatmap", [path]), "--heatmap", "photos themselves")
-    refused(lambda: data.make_folder(file, "--maps", [path]), "--maps", "name another folder")
+    own = tmp_path / "a/../photos"
+    refused(lambda: data.make_folder(own, "--heatmap", [path], []), "--heatmap", "themselves")
+    other = picture(tmp_path / "a/b/x.png")
+    refused(lambda: data.make_folder(tmp_path / "a/b", "--heatmap", [path], ["x"]), "x.png",
+            "no heat map")
+    assert other.exists()
 
 
 def test_batches():

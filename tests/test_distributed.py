@@ -40,7 +40,7 @@ def both(request, tmp_path_factory):
     make_photos(folder / "photos", train=N)
     entries = processes("one", "one", 1, options) + processes("two", "two", 2, options)
     codes = fork_commands(folder, entries)
-    assert codes == [0, 0, 0], [file.read_text() for file in folder.glob("*.err")]
+    assert codes == [0] * 3, [file.read_text() for file in folder.glob("*.err")]
     return folder, options
 
 
@@ -74,6 +74,18 @@ def test_two_processes_score_the_same(both):
     labels = np.array([int(row["label"]) for row in one])[tested]
     aurocs = [roc_auc_score(labels, values[tested]) for values in scores]
     assert aurocs[0] == pytest.approx(aurocs[1], abs=0.04)
+
+
+def test_a_process_without_a_batch_to_score_takes_part(tmp_path):
+    """`mean` scores learn nothing from training photos: 4 + 1 + 1 photos are one batch of 8."""
+    make_photos(tmp_path / "photos", train=4, good=1, bad=1, validation=2)
+    scored = "--hvq-score=mean", "--mim-score=mean"
+    entries = processes("one", "one", 1, scored) + processes("two", "two", 2, scored)
+    codes = fork_commands(tmp_path, entries)
+    assert codes == [0] * 3, [file.read_text() for file in tmp_path.glob("*.err")]
+    one, two = ([float(row["score"]) for row in score_rows(tmp_path / out)]
+                for out in ("one", "two"))
+    np.testing.assert_allclose(one, two, atol=1e-2, rtol=1e-3)
 
 
 def test_the_first_process_alone_speaks_and_writes(both):

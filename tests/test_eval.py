@@ -519,3 +519,17 @@ def test_run_table_without_anomalies_says_so(tmp_path):
     assert words in run_table(tmp_path / "own")
     make_run(tmp_path / "bare", "part", kinds={}, data="own")
     assert "0 good images and 0 anomalies" in run_table(tmp_path / "bare")
+
+
+def test_a_defect_may_be_called_any_defect():
+    kinds = np.array(["good"] * 4 + ["any defect"] * 2 + ["bent"] * 3)
+    scores = np.random.default_rng(0).normal(size=9)
+    figures = evaluation.aurocs(kinds, scores)
+    assert figures["any defect"] == pytest.approx(roc_auc_score(kinds != "good", scores))
+
+
+def test_a_photos_name_may_hold_any_character(tmp_path):
+    rows = make_run(tmp_path / "run")
+    rows[-1][0] = "breakfast_box/test/structural_anomalies/a\rb\nc,d\"e.png"
+    write_rows(tmp_path / "run", rows)
+    assert evaluation.read_run(tmp_path / "run").path[-1] == rows[-1][0]

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 from PIL import Image
-from conftest import command
-from test_data import loco, picture, pictures, refused
+from conftest import command, make_photos, one_error
+from test_data import loco, picture, pictures, refused, visa, write_table
 
 import data
 import eval as evaluation
@@ -119,7 +119,7 @@ def test_heat_maps_are_no_photos(trained, tmp_path):
     refused(lambda: data.find_images([tmp_path / "shots/heat"]), "no images")
     picture(tmp_path / "shots/heat/own.png")         # photos among them are still not drawn on
     refused(lambda: data.make_folder(tmp_path / "shots/heat", "--heatmap", data.find_images(
-        [tmp_path / "shots"])), "photos themselves")
+        [tmp_path / "shots"]), []), "photos themselves")
 
 
 def test_heat_maps_are_no_kind_of_defect(tmp_path, trained):
@@ -134,3 +134,19 @@ def test_heat_maps_are_no_kind_of_defect(tmp_path, trained):
     photos = data.find_photos(tmp_path / "photos", "widgets", 0)
     assert photos == before
     assert not any("passed" in line for line in data.check_photos(photos, tmp_path / "photos"))
+
+
+def test_folders_beside_visas_categories_are_none(tmp_path):
+    write_table(tmp_path, visa(tmp_path) + visa(tmp_path, "pcb1", 10, 2))
+    (tmp_path / "pcb1/image_anno.csv").unlink()      # the table names it
+    for other in ("__MACOSX", "cache"):
+        (tmp_path / other).mkdir()
+    assert data.list_categories(tmp_path) == ["candle", "pcb1"]
+
+
+@pytest.mark.parametrize("category", ["", "widgets,", ","])
+def test_a_category_without_a_name_is_none(tmp_path, category):
+    make_photos(tmp_path / "photos")
+    for given in ("photos", "photos/widgets"):
+        line = one_error(command("train", "--data", given, "--category", category, cwd=tmp_path))
+        assert "--category" in line or "is a category" in line

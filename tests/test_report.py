@@ -136,7 +136,8 @@ def test_a_report_is_never_written_over_another_file(small, capsys):
     assert "mine.html" in capsys.readouterr().err
     assert (small / "mine.html").read_text() == "<p>mine</p>"
     for _ in range(2):                               # its own it replaces
-        assert report.main(["lone", "--out", "lone/x.html"]) == 0
+        assert report.main(["lone", "--out", "lone/x.html"]) == 1    # its photos are not there
+        assert "photos are no longer" in capsys.readouterr().err
         assert "No pictures" in (small / "lone/x.html").read_text()
 
 
@@ -146,7 +147,9 @@ def test_a_broken_run_costs_one_line(small, capsys):
     (small / "broken/run/scores.csv").unlink()
     assert report.main(["broken", "--out", "broken/x.html"]) == 1
     err = capsys.readouterr().err
-    assert err.startswith("warning: ") and "broken/run" in err and len(err.splitlines()) == 1
+    unfinished, no_photos = err.splitlines()
+    assert unfinished.startswith("warning: ") and "broken/run" in unfinished
+    assert "broken/other" in no_photos and "no longer" in no_photos
     assert "pushpins" in (small / "broken/x.html").read_text()
 
 

@@ -23,7 +23,7 @@ def test_the_last_twentieth_follows_where_it_settled():
 def start(folder, steps=40, every=10, precision="fp32"):
     """A linear model that learns to double its input, and how to train it."""
     (folder / "rivals").mkdir(exist_ok=True)
-    photos = SimpleNamespace(train=torch.arange(8), seed=3, paths=["a", "b"],
+    photos = SimpleNamespace(train=torch.arange(8), seed=3, about={"photos": "ab"},
                              precision=precision, device=torch.device("cpu"),
                              scored_run=SimpleNamespace(folder=folder))
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_it_ends_where_the_loss_has_settled(tmp_path):
 
 def test_a_training_of_other_settings_is_no_start(tmp_path):
     start(tmp_path)
-    torch.save({"plan": {"steps": 7}, "paths": ["a", "b"]}, tmp_path / "rivals/toy.pt")
+    torch.save({"plan": {"steps": 7}, "about": {"photos": "ab"}}, tmp_path / "rivals/toy.pt")
     _, fit, _ = start(tmp_path)
     with pytest.raises(data.InputError, match="toy.pt.*delete it"):
         fit()

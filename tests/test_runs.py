@@ -107,7 +107,9 @@ def test_a_file_of_weights_has_one_name(tmp_path, monkeypatch):
 IDLE = [("--codebook ema", "--tokenizer published"), ("--code-dim 8", "--tokenizer published"),
         ("--ema-decay 0.9", "--codebook gradient"), ("--train-block 0.1", "--mask random"),
         ("--train-block 0.1", "--mask checkerboard"), ("--train-ratio 0.3", "--mask checkerboard"),
-        ("--hvq-lr 0.1", "--hvq-epochs 0"),
+        ("--hvq-lr 0.1", "--hvq-epochs 0"), ("--commitment 1.0", "--hvq-epochs 0"),
+        ("--ema-decay 0.9", "--hvq-epochs 0"), ("--mim-batch 4", "--mim-epochs 0"),
+        ("--mask random", "--mim-epochs 0"), ("--train-ratio 0.5", "--mim-epochs 0"),
         ("--mim-warmup 2", "--mim-epochs 0"), ("--mim-dropout 0.2", "--mim-epochs 0")]
 
 
@@ -503,9 +505,12 @@ def test_same_seed_same_bits_whatever_the_workers_and_the_cache(photos, monkeypa
 
 # Several processes
 
-def test_several_processes_without_torchrun_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("size, rank", [("2", None), ("2", "0"), ("x", "0"), ("", None)])
+def test_several_processes_without_torchrun_are_refused(tmp_path, monkeypatch, size, rank):
+    monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
     result = command(*TRAIN, cwd=tmp_path)
     assert "torchrun" in one_error(result)
 

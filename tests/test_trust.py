@@ -1,4 +1,5 @@
 """What must not be lost: kills at any moment, a full disk, two trainings in one folder, Ctrl-C."""
+import math
 import os
 import resource
 import signal
@@ -8,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import (TRAIN, checkpoint, command, errors_of, fork_commands, learned_the_same,
                       new_run, one_error, trains)
 
 import data
 import ladmim
 import runs
+from data import InputError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and POSIX signals")
 
@@ -106,7 +109,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_checkpoint_stays(trained, pho
         patch.setattr(runs.Run, "save", save)
         result = command(*TRAIN, "--out", "run", cwd=photos)
     assert "could not be saved" in one_error(result)
-    assert file.read_bytes() == before[0] and not (photos / "run/checkpoint.pt.new").exists()
+    assert file.read_bytes() == before[0] and not list((photos / "run").glob("*.new"))
     trains("--out", "run", cwd=photos)                               # and goes on from there
     assert learned_the_same(trained[0] / "run", photos / "run")
 
@@ -173,3 +176,25 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
         assert run.asked_to_stop
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("went on")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, value):
+    """They may be the last step's, after which no loss is computed any more."""
+    run, model = new_run(tmp_path), torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run.save_stage("hvq", 1, model, optimizer)
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    with torch.no_grad():
+        model.bias[1] = value
+    with pytest.raises(InputError, match="smaller --hvq-lr"):
+        run.save_stage("hvq", 2, model, optimizer)
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before and run.state["epoch"] == 1
+
+
+def test_a_run_to_take_over_is_looked_at_before_all_else(photos):
+    for more, why in ((["--take", "nowhere"], "nowhere"),
+                      (["--take", "nowhere", "--seeds", "0-1"], "serves one run")):
+        result = command(*TRAIN, *more, "--out", "other", cwd=photos)
+        assert why in one_error(result) and "features" not in result.stderr
+        assert not (photos / "other").exists()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import runs  # noqa: E402
-from backbone import (CHANNELS, STRIDE, build_pdn, digest_file, imagenet,  # noqa: E402
+from backbone import (CHANNELS, STRIDE, build_pdn, imagenet,  # noqa: E402
                       load_pdn, positions)
 from data import InputError  # noqa: E402
 from weights.teachers import (CROP, INNER, Corpus, as_photo, linear_fit,  # noqa: E402
@@ -185,6 +185,8 @@ def check(args):
     if args.size and args.start:
         raise InputError(f"--size {args.size}: does nothing beside --start, which has its own; "
                          "leave it out")
+    if args.out.exists() and not args.out.with_name(f"{args.out.name}.sha256").exists():
+        raise InputError(f"--out {args.out}: is not this command's; name another file")
     args.size = args.size or "small"
     args.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -201,7 +203,7 @@ def begin(args, part: Path, corpus: Corpus, teachers: list, device):
     optimizer = torch.optim.Adam(student.parameters(), lr=args.lr, fused=True)
     if part.exists():
         state = runs.load_checkpoint(part)
-        if state["settings"] != settings:
+        if state.get("settings") != settings:
             raise InputError(f"{part}: holds a distillation with other settings; delete it or "
                              "choose another --out")
         student.load_state_dict(state["student"])
@@ -217,7 +219,7 @@ def write_weights(out: Path, student: nn.Module):
     runs.save_tensors(out, {name: value.half().cpu().contiguous()
                             for name, value in student.state_dict().items()})
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    data.write_whole(digest_file(out), f"{digest}\n".encode())
+    data.write_whole(out.with_name(f"{out.name}.sha256"), f"{digest}\n".encode())
     data.say(data.printable(f"weights: {out}"))
 
 
