@@ -167,7 +167,7 @@ def patches(images: torch.Tensor, grid: int) -> torch.Tensor:
     x = x.unflatten(3, (grid, 4)).unflatten(2, (grid, 4))            # (B, 3, grid, 4, grid, 4)
     x = x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
     std = x.std(-1, correction=0, keepdim=True)
-    return (x - x.mean(-1, keepdim=True)) / (std + 1)                # 1 of 255: flat patches
+    return (x - x.mean(-1, keepdim=True)) / (std + 1)       # + 1 grey level, for flat patches
 
 
 def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device,
@@ -203,7 +203,7 @@ class Features:
         return None if self.numbers is None else self.numbers[index.to(self.device)]
 
     def by_category(self, n: int) -> list[torch.Tensor]:
-        """Of the first n photos those of each category that has codebooks of its own."""
+        """The first n photos' numbers: of each category with codebooks of its own, else of all."""
         if self.numbers is None:
             return [torch.arange(n)]
         return [(self.numbers[:n] == one).nonzero().squeeze(1) for one in range(self.categories)]

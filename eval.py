@@ -4,9 +4,9 @@
     python eval.py RUN_OR_FOLDER ...        these only
     python eval.py --standardise test       repeats the leak of the published code, and says so
 
-Reads each run folder's config.json and scores.csv: one row a validation and a test image; the first
-part of its path is the category. Figures are fractions in the code and in the JSON, percent in the
-tables. The paper's figures are in bench/reported_results.json.
+Reads each run folder's config.json and scores.csv: one row for each validation and test image; the
+first part of its path is the category. Figures are fractions in the code and in the JSON, percent
+in the tables. The paper's figures are in bench/reported_results.json.
 """
 from __future__ import annotations
 

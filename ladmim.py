@@ -7,9 +7,9 @@ Trained on photos of good products only, two detectors share one set of frozen f
   ViT        predicts the histogram of codes in a masked region from what is around it; where the
              histogram is another, the arrangement is wrong (logical anomalies)
 
-Read it top to bottom: settings, HVQ-Trans, masks, ViT, both trainings, scores, the two commands.
-Equation numbers are the paper's. B images, N = 24*24 = 576 tokens, d0 = 384 channels, L = 4 levels,
-K = 512 codes a level, M = 64 masks an image at scoring.
+Read it top to bottom: settings, transformer blocks, HVQ-Trans, masks, ViT, both trainings, scores,
+the command `train`; `predict` is in predict.py. Equation numbers are the paper's. B images,
+N = 24*24 = 576 tokens, d0 = 384 channels, L = 4 levels, K = 512 codes a level, M = 64 masks.
 
     python ladmim.py train --category breakfast_box
     python ladmim.py predict IMAGE_OR_FOLDER... --run RUN
@@ -368,8 +368,8 @@ MASKS = {"block": block_masks, "random": random_masks, "checkerboard": checkerbo
 
 
 def draw_masks(cfg: Config, n: int, generator, scoring: bool) -> torch.Tensor:
-    """n masks (n, N) bool as the settings ask, drawn on the CPU: every device sees the same. Scored
-    is always with blocks, as in the published code."""
+    """n masks (n, N) bool as the settings ask, drawn on the CPU: every device sees the same.
+    Scoring always uses blocks, as in the published code."""
     kind, ratio, block = cfg.mask, cfg.train_ratio, cfg.train_block
     if scoring:
         kind, ratio, block = "block", cfg.score_ratio, cfg.score_block

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 @dataclass(frozen=True)
 class Score:
     """One way to make a score of `ladmim.Errors`. `kept` is what it needs of them, `normal` a dict
-    learned of normal photos. `judge` of S_MIM has the tokens' errors (B, N) between the two."""
+    learned of normal photos. S_MIM's `judge` takes (kept, the tokens' errors (B, N), normal)."""
     keep: Callable                     # Errors -> kept (B, ...)
     judge: Callable                    # kept, normal -> score (B,), map (B, N)
     learn: Callable | None = None      # kept of the training normals -> normal
