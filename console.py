@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -96,7 +97,7 @@ def run_command(command,
             tell(f"\n{stopped}")
             code = 130
         except (MemoryError, RuntimeError) as error:
-            if "memory" not in f"{type(error).__name__} {error}".lower():
+            if not re.search("out of memory|(allocate|enough) memory|MemoryError", repr(error)):
                 raise
             tell("error: out of memory; choose smaller batches, fewer masks or a smaller model")
             code = 2

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import re
 from pathlib import Path
@@ -83,12 +82,10 @@ def check_settings(cfg, options: dict, side: int):
         if name in options:
             check(name, value in options[name], f"must be one of {', '.join(options[name])}")
         if isinstance(value, float):
-            check(name, math.isfinite(value) and value >= 0, "must be a number from 0 up")
-        if isinstance(value, (int, float)):
-            check(name, value <= 10**6, "too large")
+            check(name, 0 <= value <= 10**6, "must be a number from 0 to 1000000")
         if isinstance(value, int):
             least = 0 if name.endswith("epochs") or name == "mim_warmup" else 1
-            check(name, value >= least, "too small")
+            check(name, least <= value <= 10**6, f"must be from {least} to 1000000")
         if name.endswith(("_ratio", "_block")):
             check(name, 0 < value <= 1 and (name.endswith("_block") or round(value * tokens)),
                   f"a share of the {tokens} tokens, above 0 and at most 1; at least one token")

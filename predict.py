@@ -56,8 +56,8 @@ def pick_threshold(detector, args) -> tuple[float, str]:
     if asked is not None and not 1e-6 <= asked < 1:
         raise InputError(f"--false-alarms {asked}: must be at least 1e-6 and below 1, as 0.01")
     if threshold is not None or not (asked or (args.run / "scores.csv").exists()):
-        return (threshold, "as given") if threshold is not None else (
-            detector.normal["threshold"], "the run's own")
+        own = detector.normal["threshold"], "the run's own"
+        return own if threshold is None else (threshold, "as given")
     total, _, normals = evaluation.total_scores(evaluation.read_run(args.run), detector.category)
     enough, words = worth(normals.sum(), asked or ALARMS)
     if not asked:

@@ -74,8 +74,6 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
         raise InputError("--separate: does nothing beside one --category; leave it out")
     if args.take and len(groups) * len(args.seeds) > 1:
         raise InputError("--take: serves one run; leave --separate and further seeds out")
-    if args.take:
-        load_finished(args.take, "--take")           # a wrong one is best named before all else
     jobs = [Job(cfg, preset, root, group, device, seed, called, cache=args.cache, take=args.take)
             for group in groups for seed in args.seeds]
     for job in jobs:
@@ -223,7 +221,8 @@ def joined(device: torch.device):
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    if not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+            "MASTER_PORT"} <= os.environ.keys():
         raise InputError("WORLD_SIZE is set, but not by torchrun: start several processes with it, "
                          "or unset WORLD_SIZE")
     local = int(os.environ["LOCAL_RANK"])
@@ -324,6 +323,8 @@ def lock(folder: Path):
                          "choose another --out") from None
     except OSError:                      # a file system without locks, as some network drives are
         pass
+    for left in folder.glob(f".{'[0-9a-f]' * 16}.new"):      # `write_whole`'s, by a kill
+        left.unlink()
     return file
 
 
@@ -334,9 +335,12 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
     if not file.exists():
         if job.out.exists() and not job.out.is_dir():
             raise InputError(f"--out {job.out}: is no folder; name another one")
-        ours = False                                 # stopped before its first checkpoint
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            ours = "preset" in json.loads((job.out / "config.json").read_bytes())
+        if job.take:
+            load_finished(job.take, "--take")
+        ours = processes()[0] > 0                    # the first one looks
+        with contextlib.suppress(OSError, ValueError, AttributeError):      # stopped early on
+            ours |= {"preset", "root", "seed"} <= json.loads(
+                (job.out / "config.json").read_bytes()).keys()
         for name in ("config.json", "metrics.jsonl", "scores.csv", "maps.npz"):
             if not ours and (job.out / name).exists():
                 raise InputError(f"--out {job.out}: holds a {name}, but no run; name another one")
@@ -366,8 +370,6 @@ class Run:
         self.state = begun_state(job, defaults) or {
             "format": FORMAT, "config": job.config(), "stage": "", "epoch": 0, "metrics": []}
         self.state["config"]["root"] = job.config()["root"]      # a data set may have moved
-        for left in self.folder.glob(".*.new") if self.writes else ():       # by a kill
-            left.unlink()
         if self.writes:
             write_whole(self.folder / "config.json",
                         (json.dumps(self.state["config"], indent=1) + "\n").encode())

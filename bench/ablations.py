@@ -11,6 +11,7 @@ so nothing is trained twice. Rows lie under runs/ablations, ordinary runs where 
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import sys
@@ -63,15 +64,15 @@ def train(job: runs.Job) -> Path:
     for name in job.names:
         data.check_test_split(data.find_photos(job.root, name, job.seed), needed=True)
     data.tell(data.printable(str(job.out)))
-    with contextlib.redirect_stdout(sys.stderr):     # standard output is the table's
+    with contextlib.redirect_stdout(io.StringIO()):          # standard output is the table's
         ladmim.train_run(job)
     return job.out
 
 
-def train_row(job: runs.Job, settings: dict) -> Path:
-    """-> the run with these settings and else those of job, an ordinary run. That one is trained,
-    too: it gives what the settings leave alone, or is itself the row."""
-    ordinary, usual = train(job), vars(job.cfg)
+def train_row(job: runs.Job, ordinary: Path, settings: dict) -> Path:
+    """-> the run with these settings and else those of job, whose run is `ordinary`: it gives what
+    the settings leave alone, or is itself the row."""
+    usual = vars(job.cfg)
     settings = {name: value for name, value in settings.items() if usual[name] != value}
     if not settings:
         return ordinary
@@ -87,6 +88,7 @@ def ablate(name: str, args) -> dict:
     root, categories = data.find_data(args.data, args.category)
     usual, device = ladmim.Config(**ladmim.PRESETS[args.preset]), runs.pick_device(None)
     rows, whole = defaultdict(list), "all" if args.category == "all" else ",".join(categories)
+    ordinary = {}                                    # (seed, categories) -> the run
     for label, settings in ABLATIONS[name].items():
         if name == "width":
             settings = {"mim_width": int(settings["mim_width"] * usual.mim_width)}
@@ -98,7 +100,9 @@ def ablate(name: str, args) -> dict:
             job = runs.Job(usual, args.preset, root, groups[called], device, seed, called,
                            cache=args.cache)
             job.out = args.runs / root.resolve().name / job.out.name
-            scored = evaluation.read_run(train_row(job, settings))
+            if (seed, called) not in ordinary:
+                ordinary[seed, called] = train(job)
+            scored = evaluation.read_run(train_row(job, ordinary[seed, called], settings))
             for one in groups[called]:
                 rows[label].append(evaluation.evaluate(scored, one))
                 if name == "leak":

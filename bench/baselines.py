@@ -54,8 +54,8 @@ def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
             kept = json.loads(evaluation.read_text(file))
             if kept["about"] == about:
                 return kept
-        raise data.InputError(f"{file}: damaged, or about other photos, --steps or --precision; "
-                              "delete it")
+        raise data.InputError(f"{file}: damaged, or about other photos, --steps or --precision, or "
+                              "of an earlier version; delete it")
     data.tell(data.printable(f"{photos.scored_run.folder}: {name}"))
     kept = {**method(photos, steps), "about": about}
     data.write_whole(file, json.dumps(kept).encode(errors="surrogatepass"), "free some space")
@@ -224,6 +224,7 @@ def parse(argv):
 
 def trained_runs(args) -> list[Path]:
     """The runs of LADMIM that --category asks for, trained where they are missing."""
+    evaluation.write_report(args.json or args.runs / "baselines.json", None, evaluation.MADE_BY)
     root, categories = data.find_data(args.data, args.category)
     if args.multi and len(categories) < 2:
         raise data.InputError(f"--multi: --category {args.category} is one category; name several")
@@ -240,7 +241,6 @@ def trained_runs(args) -> list[Path]:
 
 
 def print_tables(args) -> int:
-    evaluation.write_report(args.json or args.runs / "baselines.json", None, evaluation.MADE_BY)
     folders = trained_runs(args) if args.category else evaluation.chosen_runs(args)
     found, problems = evaluation.evaluate_runs(folders)
     records = []

@@ -258,8 +258,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="for each row (default 2, with --quick 0.1)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does it all run?")
     parser.add_argument("--naive", action="store_true", help="only this: the long way, and ours")
-    parser.add_argument("--preset", choices=("paper", "fast", "tiny"),
-                        help="default: paper, tiny on a CPU")
+    parser.add_argument("--preset", choices=("paper", "fast", "tiny"), help="paper; tiny on a CPU")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
     args = parser.parse_args(argv)
     if args.seconds is not None and not 0 < args.seconds < math.inf:

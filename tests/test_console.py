@@ -138,7 +138,9 @@ def test_photos_in_a_folder_that_may_not_be_read_are_not_passed_over(tmp_path):
 
 @pytest.mark.parametrize("error, code", [
     ("MemoryError", 2), ("RuntimeError('DefaultCPUAllocator: cannot allocate memory')", 2),
-    ("RuntimeError('CUDA out of memory.')", 2), ("RuntimeError('shapes')", 1)])
+    ("RuntimeError('CUDA out of memory.')", 2), ("RuntimeError('shapes')", 1),
+    ("RuntimeError('elements refer to a single memory location')", 1),
+    ("RuntimeError('CUDA error: an illegal memory access was encountered')", 1)])
 def test_too_little_memory_is_one_line(error, code):
     done = run_code(f"raise {error}")
     assert done.returncode == code

@@ -139,7 +139,7 @@ def test_heat_maps_are_no_kind_of_defect(tmp_path, trained):
 def test_folders_beside_visas_categories_are_none(tmp_path):
     write_table(tmp_path, visa(tmp_path) + visa(tmp_path, "pcb1", 10, 2))
     (tmp_path / "pcb1/image_anno.csv").unlink()      # the table names it
-    for other in ("__MACOSX", "cache"):
+    for other in ("__MACOSX", "cache", "Data", "le"):
         (tmp_path / other).mkdir()
     assert data.list_categories(tmp_path) == ["candle", "pcb1"]
 

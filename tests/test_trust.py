@@ -2,6 +2,7 @@
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,9 +193,13 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path, value):
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before and run.state["epoch"] == 1
 
 
-def test_a_run_to_take_over_is_looked_at_before_all_else(photos):
+def test_a_run_to_take_over_is_looked_at_before_all_else(trained, photos):
     for more, why in ((["--take", "nowhere"], "nowhere"),
                       (["--take", "nowhere", "--seeds", "0-1"], "serves one run")):
         result = command(*TRAIN, *more, "--out", "other", cwd=photos)
         assert why in one_error(result) and "features" not in result.stderr
         assert not (photos / "other").exists()
+    shutil.copytree(trained[0] / "run", photos / "x")
+    trains("--take", "x", "--out", "other", cwd=photos)
+    shutil.rmtree(photos / "x")                      # a run that has begun needs it no more
+    trains("--take", "x", "--out", "other", cwd=photos)
