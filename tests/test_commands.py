@@ -143,7 +143,8 @@ def test_predict_agrees_with_scores_csv(trained, tmp_path, settings):
             expected = (float(row[f"s_{name}"]) - mean) / std
             assert line[key] == pytest.approx(expected, rel=1e-3, abs=1e-3)
         assert line["score"] == pytest.approx(float(row["score"]), rel=1e-3, abs=1e-3)
-        assert line["score"] == pytest.approx(line["structural"] + line["logical"], abs=3e-4)
+        assert line["score"] == pytest.approx(line["structural"] + line["logical"], abs=3e-4,
+                                              rel=1e-6)
         assert line["threshold"] == pytest.approx(normal["threshold"], abs=1e-4)
         assert line["verdict"] == ("anomaly" if line["score"] > line["threshold"] else "good")
         larger = max("structural", "logical", key=line.get)

@@ -92,7 +92,7 @@ def test_a_run_keeps_its_depth_and_uses_it_everywhere(tmp_path):
     eight = np.repeat((values * (255 / 4095) + 0.5).astype(np.uint8)[..., None], 3, 2)
     Image.fromarray(eight).save(tmp_path / "eight.png")
     deep(tmp_path / "deep.tif", values)
-    deep(tmp_path / "deeper.tif", np.where(values > 4000, 5000, values).astype(np.uint16))
+    deep(tmp_path / "deeper.tif", np.where(values > 2000, 5000, values).astype(np.uint16))
     asked = command("predict", "eight.png", "deep.tif", "deeper.tif", "--run", "run", "--json",
                     "--heatmap", "maps", cwd=tmp_path)
     scores = [json.loads(line)["score"] for line in asked.stdout.splitlines()]

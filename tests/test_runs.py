@@ -337,7 +337,7 @@ def test_a_finished_run_is_scored_again_where_a_photo_was_replaced(trained, tmp_
                     "--json", cwd=tmp_path)
     for line in map(json.loads, asked.stdout.splitlines()):
         row, = (row for row in rows if line["path"].endswith(row["path"]))
-        assert float(row["score"]) == pytest.approx(line["score"], abs=1e-3)
+        assert float(row["score"]) == pytest.approx(line["score"], abs=1e-3, rel=1e-6)
     changed = {row["path"] for row, old in zip(rows, before, strict=True) if row != old}
     assert f"widgets/{replaced}" in changed
     assert (len(changed) == 1) == replaced.startswith("test")    # all are scored by validation's
