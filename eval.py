@@ -47,6 +47,10 @@ def auroc(labels, scores) -> float:
     """Probability that an anomaly scores above a normal image; a tie counts half. labels (n,): 0
     normal, 1 anomaly; scores (n,): higher is more anomalous. Exact in float64."""
     labels, scores = np.ravel(labels), np.asarray(scores, np.float64).ravel()
+    if len(labels) != len(scores):
+        raise InputError(f"AUROC: there are {len(labels)} labels, {len(scores)} scores")
+    if not np.isin(labels, (0, 1)).all():
+        raise InputError("AUROC needs labels of 0 (normal) and 1 (anomaly)")
     if np.isnan(scores).any():
         raise InputError(f"AUROC: {np.isnan(scores).sum()} of {len(scores)} scores are NaN")
     positive = labels.astype(bool)

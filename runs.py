@@ -337,7 +337,7 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
             raise InputError(f"--out {job.out}: is no folder; name another one")
         if job.take:
             load_finished(job.take, "--take")
-        ours = processes()[0] > 0                    # the first one looks
+        ours = processes()[0] > 0                    # the first process looks, for all
         with contextlib.suppress(OSError, ValueError, AttributeError):      # stopped early on
             ours |= {"preset", "root", "seed"} <= json.loads(
                 (job.out / "config.json").read_bytes()).keys()

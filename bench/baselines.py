@@ -214,8 +214,7 @@ def parse(argv):
     if not args.category and (args.data or args.multi):
         raise data.InputError("--data and --multi need --category")
     if args.category and args.paths:
-        raise data.InputError(f"--category {args.category}: does nothing beside {args.paths[0]}; "
-                              "leave one out")
+        raise data.InputError(f"--category and {args.paths[0]}: leave one out")
     asked, args.methods = args.methods, args.methods.split(",")
     if set(args.methods) - METHODS.keys():
         raise data.InputError(f"--methods {asked}: choose from {', '.join(METHODS)}")

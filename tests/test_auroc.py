@@ -75,7 +75,8 @@ def test_auroc_properties(pairs):
 
 @pytest.mark.parametrize("labels, scores, word", [
     ([0, 0], [1, 2], "both classes"), ([1, 1], [1, 2], "both classes"), ([], [], "both classes"),
-    ([0, 1], [1, math.nan], "NaN")])
+    ([0, 1], [1, math.nan], "NaN"), ([0, 1, 1], [1, 2], "3 labels, 2 scores"),
+    ([0, 2], [1, 2], "labels of 0"), ([0, math.nan], [1, 2], "labels of 0")])
 def test_auroc_refuses(labels, scores, word):
     with pytest.raises(InputError, match=word):
         auroc(labels, scores)

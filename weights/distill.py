@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import runs  # noqa: E402
-from backbone import (CHANNELS, STRIDE, build_pdn, imagenet,  # noqa: E402
-                      load_pdn, positions)
+from backbone import CHANNELS, STRIDE, build_pdn, imagenet, load_pdn, positions  # noqa: E402
 from data import InputError  # noqa: E402
 from weights.teachers import (CROP, INNER, Corpus, as_photo, linear_fit,  # noqa: E402
                               load_teacher, look)
