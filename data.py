@@ -51,14 +51,12 @@ def write_whole(path: Path, content: bytes,
 
 
 def make_folder(folder: Path, option: str, photos: list[Path], names: list[str]):
-    """Makes a folder for what is drawn of photos, NAME.png each; it may not be theirs, and of what
-    is there only drawings are replaced."""
+    """Makes a folder for drawings of photos, NAME.png each. Only drawings in it are replaced."""
     if folder.resolve() in {path.resolve().parent for path in photos}:
         raise InputError(f"{option} {folder}: holds the photos themselves; name another folder")
     for file in (folder / f"{name}.png" for name in names):
         if os.path.lexists(file) and not is_drawn(file):
-            raise InputError(f"{option} {folder}: holds {file.name}, which is no heat map; name "
-                             "another folder")
+            raise InputError(f"{option} {folder}: holds {file.name}, no heat map; name another one")
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -314,9 +312,8 @@ def check_test_split(photos: list[Photo], needed=False):
     for name, mine in by_category(photos).items():
         labels = {photo.label for photo in mine if photo.split == "test"}
         if len(labels) == 1 or needed and not labels:
-            lacks = {(): "photos: put some in test/good and test/NAME_OF_THE_DEFECT",
-                     (0,): "anomalies: put some in test/NAME_OF_THE_DEFECT",
-                     (1,): "good photos: put some in test/good"}[tuple(labels)]
+            lacks = ("anomalies: put some in test/NAME_OF_THE_DEFECT" if labels == {0}
+                     else "good photos: put some in test/good")
             rest = "" if needed else ", or take the test folder away to train without figures"
             raise InputError(f"{name}: its test split has no {lacks}{rest}")
 

@@ -107,7 +107,9 @@ def table(records: list[dict]) -> tuple:
         same = [record for record in records if record["system"] == system]
         by_category = evaluation.grouped(same, "category")
         row = [system, *(evaluation.spread(same, "both", column) for column in columns)]
-        row.append(" ".join(sorted({steps_text(record) for record in same})))
+        row.append(" ".join(sorted({
+            f"{one['steps']:,}" + ("" if one["settled"] else " (not settled)")
+            if one["steps"] else "–" for one in same})))
         for cost in ("train", "image", "megabytes"):
             known = [record[cost] for record in same if record[cost] is not None]
             row.append(f"{np.mean(known):.0f}" if known else None)
@@ -118,12 +120,6 @@ def table(records: list[dict]) -> tuple:
     about = [evaluation.data_title(first), *(first[key] for key in evaluation.GROUP), "AUROC %"]
     costs = ["steps", "training s, features cached", "ms a photo", "MB"]
     return ", ".join(about), ["system", *columns, *costs, *each], rows
-
-
-def steps_text(record: dict) -> str:
-    if not record["steps"]:
-        return "–"
-    return f"{record['steps']:,}" + ("" if record["settled"] else " (not settled)")
 
 
 def curve_table(records: list[dict], most: int = 8) -> list[tuple]:
@@ -213,8 +209,6 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not args.category and (args.data or args.multi):
         raise data.InputError("--data and --multi need --category")
-    if args.category and args.paths:
-        raise data.InputError(f"--category and {args.paths[0]}: leave one out")
     asked, args.methods = args.methods, args.methods.split(",")
     if set(args.methods) - METHODS.keys():
         raise data.InputError(f"--methods {asked}: choose from {', '.join(METHODS)}")

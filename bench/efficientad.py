@@ -4,7 +4,7 @@ A student learns to say what the frozen teacher (our PDN) says of a photo, from 
 an autoencoder, too, through 64 numbers for the whole photo; and the student's other half learns to
 say what the autoencoder says. Where student and teacher differ, a part is broken; where student and
 autoencoder differ, the arrangement is wrong. PUAD adds how far the photo's mean feature is from the
-training photos', by Mahalanobis; the covariance is shrunk as in scores.py.
+training photos'.
 
 Cut, so that two cores suffice: the penalty on ImageNet's photos (there are none here) and the
 colour jitter of the autoencoder's input, so the teacher's features are computed once. The student
@@ -102,6 +102,17 @@ def photo_scores(local, wide, of_local, of_wide) -> torch.Tensor:
     return ((maps[0] + maps[1]) / 2).flatten(1).amax(1)
 
 
+def shrinkage(x: torch.Tensor) -> float:
+    """x (n, d) -> by what share Ledoit and Wolf 2004 shrink the covariance of its rows towards a
+    multiple of the identity: with fewer photos than channels the plain one has no inverse."""
+    x = x.double() - x.double().mean(0)
+    covariance = x.T @ x / len(x)
+    size = covariance.square().sum()
+    off = size - covariance.trace().square() / x.shape[1]
+    noise = (x.square().sum(1).square().mean() - size) / len(x)
+    return float((noise / off).clamp(0, 1)) if off > 1e-12 * size else 1.0
+
+
 def run_name(width: float) -> str:
     return "efficientad" if width == 1 else f"efficientad-{width:g}"
 
@@ -140,8 +151,9 @@ def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
         local, wide, vectors, _ = look_at(photos.scored)
         normal_vectors = look_at(photos.train)[2]
     efficientad, normal = scores_of(local, wide)
-    far = distances(vectors[:, None], whitening(normal_vectors[:, None]))[:, 0].sqrt()
-    puad = sum(standardise(part.numpy(), part[:first].numpy()) for part in (efficientad, far))
+    far = distances(vectors[:, None], whitening(normal_vectors[:, None], shrinkage(normal_vectors)))
+    puad = sum(standardise(part.numpy(), part[:first].numpy())
+               for part in (efficientad, far[:, 0].sqrt()))
     pdn = photos.ladmim.pdn
 
     def judge(images):

@@ -169,8 +169,7 @@ def category_section(scored: evaluation.ScoredRun, category: str) -> str:
 # Command line
 
 def page(records: list[dict], problems: list[str]) -> str:
-    """A category whose photos or models are no longer there gets a line instead of pictures; that
-    line joins the problems."""
+    """A category whose photos or models are gone gets a line instead of pictures, and a problem."""
     body, keys = [], ("data", "rendered", "category", *evaluation.GROUP)
     for members in evaluation.grouped(records, *keys).values():
         first = min(members, key=lambda record: record["seed"])

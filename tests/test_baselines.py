@@ -251,7 +251,6 @@ def test_photos_that_came_later_are_one_line(beside, capsys):
 @pytest.mark.parametrize("arguments, named", [
     (["--methods", "gcad"], "--methods gcad"), (["--steps", "0"], "--steps: '0'"),
     (["--multi"], "--category"),
-    (["runs", "--category", "pushpins"], "--category and runs: leave one"),
     (["--data", "twin"], "--category"),
     (["--data", "twin", "--category", "pushpins", "--multi"], "--multi")])
 def test_wrong_options_are_one_line(beside, arguments, named, capsys):

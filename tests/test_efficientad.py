@@ -1,12 +1,29 @@
-"""bench/efficientad.py: its parts against numpy and plain loops."""
+"""bench/efficientad.py: its parts against scikit-learn, numpy and plain loops."""
 
 import numpy as np
 import pytest
 import torch
+from sklearn.covariance import LedoitWolf
 
 from bench import efficientad
 from backbone import positions
 from runs import in_precision, seeded
+
+
+@pytest.mark.parametrize("n, d", [(2, 5), (8, 30), (200, 3), (9, 1)])
+def test_puads_distance_is_mahalanobis_with_ledoit_and_wolfs_covariance(n, d):
+    normal = torch.randn(n, d, generator=seeded(0)) * torch.arange(1, d + 1)
+    x = torch.randn(4, d, generator=seeded(1)) + 2
+    fitted = LedoitWolf().fit(normal.double().numpy())
+    share = efficientad.shrinkage(normal)
+    if d > 1:                                        # else it shrinks to itself
+        assert share == pytest.approx(fitted.shrinkage_)
+    if not share:                                    # two photos: it has no inverse
+        return
+    inverse = np.linalg.pinv(fitted.covariance_, hermitian=True)
+    expected = [off @ inverse @ off for off in x.double().numpy() - normal.double().numpy().mean(0)]
+    found = efficientad.distances(x[:, None], efficientad.whitening(normal[:, None], share))[:, 0]
+    assert np.allclose(found, expected, rtol=1e-4)
 
 
 def test_bfloat16_learns_nearly_the_same():
@@ -23,6 +40,13 @@ def test_bfloat16_learns_nearly_the_same():
     assert all(w.grad.isfinite().all() for w in model.parameters())
     full, rough = (float(loss.detach()) for loss in losses)
     assert rough != full and rough == pytest.approx(full, rel=0.02)
+
+
+def test_photos_that_are_all_alike_have_finite_distances():
+    normal = torch.zeros(4, 1, 3)
+    normal = efficientad.whitening(normal, efficientad.shrinkage(normal[:, 0]))
+    assert efficientad.distances(torch.zeros(2, 1, 3), normal).count_nonzero() == 0
+    assert efficientad.distances(torch.ones(2, 1, 3), normal).isfinite().all()
 
 
 def test_maps_are_normalised_by_the_quantiles_of_the_validation_maps():

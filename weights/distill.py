@@ -184,8 +184,7 @@ def check(args):
     if args.size and args.start:
         raise InputError(f"--size {args.size}: does nothing beside --start, which has its own; "
                          "leave it out")
-    ours = [args.out.with_name(args.out.name + end).exists() for end in (".sha256", ".part")]
-    if args.out.exists() and not any(ours):
+    if args.out.exists() and not args.out.with_name(f"{args.out.name}.sha256").exists():
         raise InputError(f"--out {args.out}: is not this command's; name another file")
     args.size = args.size or "small"
     args.out.parent.mkdir(parents=True, exist_ok=True)
