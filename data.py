@@ -312,8 +312,9 @@ def check_test_split(photos: list[Photo], needed=False):
     for name, mine in by_category(photos).items():
         labels = {photo.label for photo in mine if photo.split == "test"}
         if len(labels) == 1 or needed and not labels:
-            lacks = ("anomalies: put some in test/NAME_OF_THE_DEFECT" if labels == {0}
-                     else "good photos: put some in test/good")
+            lacks = {(): "photos: put some in test/good and test/NAME_OF_THE_DEFECT",
+                     (0,): "anomalies: put some in test/NAME_OF_THE_DEFECT",
+                     (1,): "good photos: put some in test/good"}[tuple(labels)]
             rest = "" if needed else ", or take the test folder away to train without figures"
             raise InputError(f"{name}: its test split has no {lacks}{rest}")
 

@@ -692,8 +692,7 @@ def all_errors(hvq: HVQ, mim: ViT, cfg: Config, photos: Features, index, masks, 
     kept, starts = None, range(0, len(index), batch)[rank::size]
     for start in starts or [len(index)]:             # a process without photos only takes part
         some = index[start:start + batch].to(masks.device)
-        found = errors(hvq, mim, cfg, photos.h0(some), masks, photos.pixels(some),
-                       photos.own(some))
+        found = errors(hvq, mim, cfg, photos.h0(some), masks, photos.pixels(some), photos.own(some))
         new = kept_errors(cfg, found)
         kept = kept or [part.new_zeros(len(index), *part.shape[1:]) for part in new]
         for part, values in zip(kept, new):

@@ -221,7 +221,8 @@ def joined(device: torch.device):
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    if not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+            "MASTER_PORT"} <= os.environ.keys():
         raise InputError("WORLD_SIZE is set, but not by torchrun: start several processes with it, "
                          "or unset WORLD_SIZE")
     local = int(os.environ["LOCAL_RANK"])

@@ -107,9 +107,8 @@ def table(records: list[dict]) -> tuple:
         same = [record for record in records if record["system"] == system]
         by_category = evaluation.grouped(same, "category")
         row = [system, *(evaluation.spread(same, "both", column) for column in columns)]
-        row.append(" ".join(sorted({
-            f"{one['steps']:,}" + ("" if one["settled"] else " (not settled)")
-            if one["steps"] else "–" for one in same})))
+        row.append(" ".join(sorted({f"{one['steps']:,}{'' if one['settled'] else ' (not settled)'}"
+                                    if one["steps"] else "–" for one in same})))
         for cost in ("train", "image", "megabytes"):
             known = [record[cost] for record in same if record[cost] is not None]
             row.append(f"{np.mean(known):.0f}" if known else None)
@@ -209,6 +208,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if not args.category and (args.data or args.multi):
         raise data.InputError("--data and --multi need --category")
+    if args.category and args.paths:
+        raise data.InputError(f"--category {args.category} beside {args.paths[0]}: leave one out")
     asked, args.methods = args.methods, args.methods.split(",")
     if set(args.methods) - METHODS.keys():
         raise data.InputError(f"--methods {asked}: choose from {', '.join(METHODS)}")

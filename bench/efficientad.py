@@ -149,11 +149,10 @@ def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
     trained = fit(photos, run_name(width), model, PLAN, loss, look, steps)
     with torch.inference_mode():
         local, wide, vectors, _ = look_at(photos.scored)
-        normal_vectors = look_at(photos.train)[2]
+        normals = look_at(photos.train)[2]
     efficientad, normal = scores_of(local, wide)
-    far = distances(vectors[:, None], whitening(normal_vectors[:, None], shrinkage(normal_vectors)))
-    puad = sum(standardise(part.numpy(), part[:first].numpy())
-               for part in (efficientad, far[:, 0].sqrt()))
+    far = distances(vectors[:, None], whitening(normals[:, None], shrinkage(normals)))[:, 0].sqrt()
+    puad = sum(standardise(part.numpy(), part[:first].numpy()) for part in (efficientad, far))
     pdn = photos.ladmim.pdn
 
     def judge(images):

@@ -180,9 +180,8 @@ def localise(scored: evaluation.ScoredRun, record: dict) -> list[dict]:
     for kind in [evaluation.ANY] if evaluation.ANY in groups else groups:
         shown = [one for one in regions if one[0].kind in ("good", *groups[kind])]
         for name, words in MAPS.items():
-            figures = localisation(
-                lambda: ((place(maps[photo.path][name], size, *shape), masks)
-                         for photo, shape, masks in shown))
+            figures = localisation(lambda: ((place(maps[photo.path][name], size, *shape), masks)
+                                            for photo, shape, masks in shown))
             found.append(about | {"map": words, "kind": kind, "figures": figures})
     return found
 

@@ -108,8 +108,7 @@ def measure(functions: dict, device: str, seconds: float) -> dict:
     for name, t in times.items():
         t.sort()
         result[name] = {"median": statistics.median(t), "low": t[len(t) // 10],
-                        "high": t[len(t) * 9 // 10], "runs": len(t),
-                        "MiB": memory[name] / 2**20}
+                        "high": t[len(t) * 9 // 10], "runs": len(t), "MiB": memory[name] / 2**20}
     return result
 
 

@@ -225,5 +225,4 @@ def _rows(logits, codes, mask, loss, gradient, M, L, N, K, MASK_B, BLOCK_N: tl.c
         for first in range(0, K, BLOCK_K):
             P, difference = _difference(logits, codes, mask, share, log_sum, first, N, K,
                                         BLOCK_N, BLOCK_K)
-            tl.store(gradient + row * K + first + k, P * (_sign(difference) - mean),
-                     first + k < K)
+            tl.store(gradient + row * K + first + k, P * (_sign(difference) - mean), first + k < K)

@@ -251,7 +251,7 @@ def test_photos_that_came_later_are_one_line(beside, capsys):
 @pytest.mark.parametrize("arguments, named", [
     (["--methods", "gcad"], "--methods gcad"), (["--steps", "0"], "--steps: '0'"),
     (["--multi"], "--category"),
-    (["--data", "twin"], "--category"),
+    (["runs", "--category", "pushpins"], "--category pushpins"), (["--data", "twin"], "--category"),
     (["--data", "twin", "--category", "pushpins", "--multi"], "--multi")])
 def test_wrong_options_are_one_line(beside, arguments, named, capsys):
     assert baselines.main(arguments) == 2

@@ -402,6 +402,7 @@ def test_a_test_split_of_one_kind_is_refused_and_none_is_warned_of(tmp_path):
         return data.find_photos(tmp_path, "widget", 0)
 
     data.check_test_split(photos())
+    refused(lambda: data.check_test_split(photos(), needed=True), "no photos", "good and test/NAME")
     [warning] = data.check_photos(photos(), tmp_path)
     assert warning.startswith("widget: no test photos") and "no AUROC" in warning
     pictures(folder / "test/good", 2)

@@ -509,8 +509,10 @@ def test_same_seed_same_bits_whatever_the_workers_and_the_cache(photos, monkeypa
 def test_several_processes_without_torchrun_are_refused(tmp_path, monkeypatch, size, rank):
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank:
-        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if rank:                                         # all but LOCAL_WORLD_SIZE
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, rank)
     result = command(*TRAIN, cwd=tmp_path)
     assert "torchrun" in one_error(result)
 
