@@ -41,32 +41,28 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     for tensor in (x, codebook):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"nearest_code needs float32, bfloat16 or float16, got {tensor.dtype}")
-    return _nearest_code(x.detach(), codebook.detach())
+    at_once = x.device.type == "cpu" and not (use_triton(x) or torch.compiler.is_compiling())
+    # An operator's dispatch would take as long as the search of a step.
+    return (_on_torch if at_once else _nearest_code)(x.detach(), codebook.detach())
 
 
 def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None) -> torch.Tensor:
     """`nearest_code` where each photo has one of C codebooks. x (B, N, D), codebooks C of (K, D),
     own (B,): the number of each photo's -> (B, N), own K + index, or -1 for NaN or inf. Searched
     are all C: to sort out the photos, a GPU would have to be waited for."""
-    flat, index = x.flatten(0, 1), None
-    for number, codebook in enumerate(codebooks):
-        found = nearest_code(flat, codebook)[0].view(x.shape[:2])
-        if index is None:
-            index = found
-        else:
-            mine = (own == number)[:, None] & (found >= 0)
-            index = torch.where(mine, found + number * len(codebook), index)
+    flat = x.flatten(0, 1)
+    index, *others = (nearest_code(flat, codes)[0].view(x.shape[:2]) for codes in codebooks)
+    for number, found in enumerate(others, 1):
+        mine = (own == number)[:, None] & (found >= 0)
+        index = torch.where(mine, found + number * len(codebooks[number]), index)
     return index
 
 
 @torch.library.custom_op("ladmim::nearest_code", mutates_args=())
 def _nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    x, codebook = x.contiguous(), codebook.contiguous()
     if use_triton(x):
-        return _triton_path(x, codebook)
-    with torch.autocast(x.device.type, enabled=False):
-        path = _few_rows if len(x) * len(codebook) <= 2**17 else _torch_path    # as measured
-        return path(x, codebook)
+        return _triton_path(x.contiguous(), codebook.contiguous())
+    return _on_torch(x, codebook)
 
 
 @_nearest_code.register_fake
@@ -76,11 +72,17 @@ def _outputs(x, codebook):
 
 # ---- torch
 
+def _on_torch(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(x) * len(codebook) <= 2**17:                 # as measured
+        return _few_rows(x, codebook)
+    with torch.autocast(x.device.type, enabled=False):
+        return _torch_path(x, codebook)
+
+
 def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocks of rows whose scores fit in cache; memory does not grow with T."""
-    (T, D), K = x.shape, len(codebook)
+    (T, D), K, codes = x.shape, len(codebook), codebook.float()
     index, distance = _outputs(x, codebook)
-    codes = codebook.float()
     centre = codes.mean(0)
     centred = codes.double() - centre
     scale = torch.exp2(-centred.abs().amax().clamp_min(1e-40).log2().floor())
@@ -103,8 +105,7 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
     rows = torch.arange(R, device=x.device)
     for start in range(0, T, R):
         span = slice(start, start + R)
-        block = x[span].float()
-        r = len(block)
+        block, r = x[span].float(), min(R, T - start)
         torch.sub(block, centre, out=shifted[:r, :D]).mul_(scale.float())
         grouped = torch.mm(shifted[:r], weight, out=score[:r]).view(r, width // G, G)
         best, runner, group = _best_two(grouped.amax(1))
@@ -121,18 +122,17 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _few_rows(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All in float64: a third of the operators, which here cost more than what they compute."""
-    D, codes = x.shape[1], codebook.float()
-    centre = codes.mean(0)
-    shifted, centred = x.double() - centre, codes.double() - centre
-    square = centred.square().sum(1)
-    best, runner, index = _best_two(torch.addmm(square, shifted, centred.T, beta=-0.5))
+    """All in float64: few operators, which here cost more than what they compute."""
+    D, x, codes = x.shape[1], x.float(), codebook.float()
+    wide, table = x.double(), codes.double()
+    square = table.square().sum(1)
+    best, runner, index = _best_two(torch.addmm(square, wide, table.T, beta=-0.5))
     longest = square.max().sqrt()
-    error = (D + 8) * 2.0**-53 * longest * (torch.linalg.vector_norm(shifted, dim=1) + longest)
-    again = (~(best - runner > 2 * error)).nonzero().squeeze(1)    # true for NaN, too
+    error = (D + 8) * 2.0**-52 * longest * (torch.linalg.vector_norm(wide, dim=1) + longest)
+    again = (~(best - runner > error)).nonzero().squeeze(1)        # true for NaN, too
     if len(again):
-        index[again] = _redo_rows(x[again].float(), codes)
-    return index, _squared_distance(x.float(), codes, index)
+        index[again] = _redo_rows(x[again], codes)
+    return index, _squared_distance(x, codes, index)
 
 
 def _squared_distance(x, codes, index) -> torch.Tensor:
@@ -142,9 +142,9 @@ def _squared_distance(x, codes, index) -> torch.Tensor:
 
 
 def _best_two(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """values (R, C) -> the largest, the second largest and the index of the largest, each (R,)."""
+    """values (R, C), overwritten -> largest, second largest, index of the largest, each (R,)."""
     best, index = values.max(1)
-    return best, values.scatter(1, index[:, None], -torch.inf).amax(1), index
+    return best, values.scatter_(1, index[:, None], -torch.inf).amax(1), index
 
 
 def _redo_rows(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
