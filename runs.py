@@ -310,7 +310,7 @@ class Progress:
         tell(f"\r{line[:118]:<118}" if tty else line, end)
 
 
-def lock(folder: Path):
+def lock(folder: Path, remedy="wait until it ends or choose another --out"):
     """Makes the folder and holds it for this process. The system lets go when the process ends,
     however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,8 +319,7 @@ def lock(folder: Path):
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{folder}: another process is training in it; wait until it ends or "
-                         "choose another --out") from None
+        raise InputError(f"{folder}: another process is training in it; {remedy}") from None
     except OSError:                      # a file system without locks, as some network drives are
         pass
     for left in folder.glob(f".{'[0-9a-f]' * 16}.new"):      # `write_whole`'s, by a kill

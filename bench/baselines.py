@@ -80,7 +80,7 @@ def with_hvq(photos: Photos, scores) -> np.ndarray:
 def compare(folder: Path, ours: list[dict], args) -> list[dict]:
     """LADMIM's run and the rivals on its photos: a record a system and category. ours:
     `eval.evaluate`'s."""
-    held = runs.lock(folder / "rivals")              # a second process would train the same
+    held = runs.lock(folder / "rivals", "wait until it ends")    # a second would train the same
     photos = Photos(evaluation.read_run(folder), args.cache, args.precision)
     costs = keep(photos, "ladmim", ladmim_costs, None)
     found = [("LADMIM", {record["category"]: record["both"] for record in ours}, costs)]

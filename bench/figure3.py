@@ -42,7 +42,7 @@ def points(args) -> dict[str, list[tuple[float, float]]]:
         size = rival.megabytes(detector.pdn, detector.hvq, detector.mim)
         ours.append((size, mean_auroc([record["both"] for record in records])))
     ordinary = Path(rows["1 times the preset's mim_width"][0]["run"])
-    lock = runs.lock(ordinary / "rivals")
+    lock = runs.lock(ordinary / "rivals", "wait until it ends")
     photos = rival.Photos(evaluation.read_run(ordinary), args.cache)
     for width in WIDTHS:
         kept = baselines.keep(photos, efficientad.run_name(width), lambda photos, steps:

@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 import data
 import eval as evaluation
 import ladmim
+import runs
 from bench import baselines, patchcore
 from twin.render import COUNTS, render
 
@@ -224,6 +225,15 @@ def test_photos_that_changed_are_one_line(beside, capsys, changed):
     assert baselines.main([str(run), "--methods", "patchcore"]) == 1
     warning, = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: runs"))
     assert "changed since it was trained" in warning
+
+
+def test_two_at_once_on_one_run_are_one_line(beside, capsys):
+    run = "runs/twin/pushpins-tiny-seed0"
+    held = runs.lock(Path(run, "rivals"))
+    assert baselines.main([run, "--methods", "patchcore"]) == 1
+    held.close()
+    assert (f"warning: {run}/rivals: another process is training in it; wait until it ends"
+            in capsys.readouterr().err.splitlines())
 
 
 def test_what_is_not_trained_is_kept_in_any_precision(beside):
