@@ -297,7 +297,7 @@ class HVQ(nn.Module):
 
     @torch.no_grad()
     def revive(self, h0, generator, category=0):
-        """A category's codes that nobody used this epoch take the place of random vectors. h0
+        """A category's codes that nobody used this epoch move to random vectors. h0
         (B, N, d0) of its photos."""
         own, span = torch.full((len(h0),), category, device=h0.device), self.span(category)
         psi, _, _ = self.quantise(self.encode(h0), own)
@@ -329,7 +329,7 @@ TOKENIZERS = {"paper": HVQ, "published": PublishedHVQ}
 
 def block_masks(n: int, grid: int, count: int, least: int, generator) -> torch.Tensor:
     """BEiT's blockwise masking, n masks at once -> (n, N) bool, each with exactly `count` tokens:
-    rectangles of at least `least` tokens with log-uniform aspect in [0.3, 1/0.3] are added at
+    rectangles of some `least` tokens or more with log-uniform aspect in [0.3, 1/0.3] are added at
     uniform positions; the last one is cut to fit."""
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, generator=generator)
@@ -563,7 +563,7 @@ class Errors:
     residual: torch.Tensor             # (B, N, d0) h0 minus what HVQ-Trans rebuilds
     of_masks: torch.Tensor             # (B, M) `mim_error`
     of_tokens: torch.Tensor            # (B, N) the mean over the masks that hide it, else over all
-    histogram: torch.Tensor            # (B, M, L, K) predicted minus actual; else empty
+    histogram: torch.Tensor            # (B, M, L, K) predicted minus actual, for `whitened` alone
 
 
 @torch.inference_mode()

@@ -104,8 +104,8 @@ def distances(x: torch.Tensor, normal: dict) -> torch.Tensor:
 
 def judge_histograms(residual: torch.Tensor, tokens: torch.Tensor, normal: dict):
     """residual (B, M, L * K), predicted minus actual histogram -> (B,), the mean over the masks of
-    its Mahalanobis distance, in the standard deviations that it has on the training normals, and
-    the map. The L1 distance adds up what good photos vary in, too; here that counts little."""
+    its squared Mahalanobis distance, in the deviations that it has on the training normals, and the
+    map. The L1 distance adds up what good photos vary in, too; here that counts little."""
     mean, std = normal["histograms"]["distance"]
     return ((distances(residual, normal["histograms"]) - mean) / std).mean(1), tokens
 
