@@ -98,7 +98,7 @@ def build_pdn(size: str) -> nn.Sequential:
                          conv(512, CHANNELS, 4), relu(), conv(CHANNELS, CHANNELS, 1))
 
 
-def pdn_from_state(state: dict, name: str) -> tuple[nn.Sequential, str]:
+def pdn_from_state(state: dict, whose: str) -> tuple[nn.Sequential, str]:
     """The PDN whose weights `state` holds, frozen, and which one it is. Layers may have any names,
     as the published files differ in them: their order and shapes decide."""
     weights = [value for value in state.values() if torch.is_tensor(value)]
@@ -108,12 +108,12 @@ def pdn_from_state(state: dict, name: str) -> tuple[nn.Sequential, str]:
         if [w.shape for w in weights] == [value.shape for value in expected.values()]:
             pdn.load_state_dict(dict(zip(expected, weights)))
             return pdn.eval().requires_grad_(False), f"PDN {size}"
-    raise InputError(f"--pdn {name}: holds no PDN small or medium (found: "
+    raise InputError(f"{whose}: holds no PDN small or medium (found: "
                      f"{', '.join(map(str, list(state)[:8])) or 'nothing'}); give a state dict of "
-                     "EfficientAD's teacher, or leave the option out for the shipped weights")
+                     "EfficientAD's teacher, or leave the option out")
 
 
-def load_pdn(name: str, seed: int) -> tuple[nn.Sequential, str]:
+def load_pdn(name: str, seed: int, option="--pdn") -> tuple[nn.Sequential, str]:
     """name: file or "random". Returns the frozen PDN in float32 and its description. A file is
     checked against the SHA-256 beside it, where there is one."""
     if name == "random":
@@ -123,17 +123,16 @@ def load_pdn(name: str, seed: int) -> tuple[nn.Sequential, str]:
             return pdn, "PDN small, random weights (control)"
     path = ROOT / name if name == SHIPPED else Path(name)
     if not path.is_file():
-        raise InputError(f"--pdn {name}: no such file; leave the option out for the shipped "
-                         "weights")
+        raise InputError(f"{option} {name}: no such file; name another, or leave the option out")
     digest = path.with_name(f"{path.name}.sha256")
     if digest.is_file():
         expected = digest.read_text(errors="replace").split()[:1]
         if expected != [hashlib.sha256(path.read_bytes()).hexdigest()]:
-            raise InputError(f"--pdn {name}: damaged or replaced, its SHA-256 is not the one in "
+            raise InputError(f"{option} {name}: damaged or replaced, its SHA-256 is not the one in "
                              f"{digest.name}; get the file again, or delete the .sha256 if the "
                              "change was meant")
-    state = load_file(path, f"--pdn {name}")
-    pdn, kind = pdn_from_state(state if isinstance(state, dict) else {}, name)
+    state = load_file(path, f"{option} {name}")
+    pdn, kind = pdn_from_state(state if isinstance(state, dict) else {}, f"{option} {name}")
     return pdn, f"{kind}, from {name}"
 
 

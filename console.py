@@ -77,8 +77,7 @@ def open_streams():
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def run_command(command,
-                stopped="stopped; the same command goes on with what was finished") -> int:
+def run_command(command, stopped="stopped; the same command goes on with what was finished") -> int:
     """The exit code of command(): what it returns, 2 for what the user gave and cannot be used, 130
     for Ctrl-C, 141 where whoever read the output left, as in `... | head`."""
     open_streams()

@@ -180,8 +180,7 @@ class HVQ(nn.Module):
     """Hierarchical vector-quantised transformer. Level l of the paper is index l - 1 here.
 
     With C `categories` each has K codes and an output layer of its own. Then `own` (B,) is the
-    number of each photo's category; code k of category c is number c K + k of its level.
-    """
+    number of each photo's category; code k of category c is number c K + k of its level."""
 
     def __init__(self, cfg: Config, d0: int, categories: int = 1):
         super().__init__()

@@ -62,7 +62,7 @@ class Codebook(nn.Module):
     def __init__(self, codes: int, width: int, decay: float, categories: int = 1):
         super().__init__()
         self.decay, self.size = decay, codes
-        self.register_buffer("codes", torch.randn(categories * codes, width))
+        self.codes = nn.Parameter(torch.randn(categories * codes, width), requires_grad=False)
         self.register_buffer("count", torch.zeros(categories * codes))
         self.register_buffer("total", self.codes.clone())
 

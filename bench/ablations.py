@@ -43,7 +43,8 @@ ABLATIONS = {
     "scoring": {"": {}}, "combine": TARGETS, "masking": MASKS, "target": TARGETS,
     "width": {f"{factor:g} times the preset's mim_width": {"mim_width": factor}
               for factor in (0.25, 0.5, 1, 2)},
-    "multi": {"each alone": {}, "one model": {}, "one model, own codes": {"category_codes": "own"}},
+    "multi": {"each alone": {}, "one model": {"category_codes": "shared"},
+              "one model, own codes": {"category_codes": "own"}},
     "score": {**FORMS, "HVQ deviations, MIM whitened, masks of 230 of 576": {
         **FORMS["HVQ deviations, MIM whitened"], "score_ratio": 230 / 576,
         "score_block": 92 / 576}},
@@ -60,12 +61,13 @@ SHORTCUT = ('rows "over test" LEAK: standardised over the whole test set, as in 
 def train(job: runs.Job) -> Path:
     """The folder of this run, trained unless it is there and finished. Photos that changed since
     are scored anew."""
-    options.check_settings(job.cfg, ladmim.OPTIONS, backbone.positions(job.cfg.image_size))
     for name in job.names:
         data.check_test_split(data.find_photos(job.root, name, job.seed), needed=True)
     data.tell(data.printable(str(job.out)))
     with contextlib.redirect_stdout(io.StringIO()):          # standard output is the table's
-        ladmim.train_run(job)
+        if ladmim.train_run(job):
+            raise data.InputError(f"{job.out}: some photos cannot be read, see the warnings above; "
+                                  "mend or remove them")
     return job.out
 
 
@@ -89,11 +91,14 @@ def ablate(name: str, args) -> dict:
     usual, device = ladmim.Config(**ladmim.PRESETS[args.preset]), runs.pick_device(None)
     rows, whole = defaultdict(list), "all" if args.category == "all" else ",".join(categories)
     ordinary = {}                                    # (seed, categories) -> the run
-    for label, settings in ABLATIONS[name].items():
+    more = {"mim_epochs": args.mim_epochs} if args.mim_epochs else {}
+    of_row = {label: settings | more for label, settings in ABLATIONS[name].items()}
+    for settings in of_row.values():
         if name == "width":
-            settings = {"mim_width": int(settings["mim_width"] * usual.mim_width)}
-        if args.mim_epochs:
-            settings = {**settings, "mim_epochs": args.mim_epochs}
+            settings["mim_width"] = int(settings["mim_width"] * usual.mim_width)
+        options.check_settings(replace(usual, **settings), ladmim.OPTIONS,
+                               backbone.positions(usual.image_size))
+    for label, settings in of_row.items():
         alone = {one: [one] for one in categories}
         groups = {whole: categories} if args.together or label.startswith("one model") else alone
         for seed, called in itertools.product(args.seeds, groups):
@@ -110,7 +115,7 @@ def ablate(name: str, args) -> dict:
     return rows
 
 
-def tables(name: str, rows: dict) -> list[tuple]:
+def tables(name: str, rows: dict, args) -> list[tuple]:
     """-> (title, header, rows) as eval.py prints them: ours, and the paper's."""
     first, ours, theirs = next(iter(rows.values()))[0], [], []
     columns = list(first["columns"])
@@ -127,7 +132,10 @@ def tables(name: str, rows: dict) -> list[tuple]:
         if label != "note" and set(columns) <= figures.keys():
             theirs.append([label, *(evaluation.Spread(figures[one] / 100) for one in columns)])
     each = [f"{category}: {' / '.join(columns[:2])}" for category, in by_category]
-    title = f"{evaluation.data_title(first)}, {first['preset']}: {name}, AUROC %"
+    about = [evaluation.data_title(first), args.preset, *["one model of all"] * args.together]
+    about += [f"ViT {args.mim_epochs} epochs"] if args.mim_epochs else []
+    about += sorted({record["commit"] for records in rows.values() for record in records})
+    title = f"{', '.join(about)}: {name}, AUROC %"
     reference = "REFERENCE ONLY, not comparable with rendered data: " if first["rendered"] else ""
     found = [(title, ["row", "seeds", *columns, *each], ours),
              (f"{reference}{name}, the paper's figures for LOCO", ["row", *columns], theirs)]
@@ -153,7 +161,7 @@ def print_tables(argv) -> int:
     name = f"ablation-{args.name}"
     evaluation.write_report(args.json or args.runs / f"{name}.json", None, evaluation.MADE_BY)
     rows = ablate(args.name, args)
-    return evaluation.publish(name, args, tables(args.name, rows), rows, [],
+    return evaluation.publish(name, args, tables(args.name, rows, args), rows, [],
                               SHORTCUT if args.name == "leak" else "")
 
 

@@ -52,7 +52,7 @@ def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
     if file.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             kept = json.loads(evaluation.read_text(file))
-            if kept["about"] == about:
+            if kept["about"] == about and kept["scores"] is not None:
                 return kept
         raise data.InputError(f"{file}: damaged, or about other photos, --steps or --precision, or "
                               "of an earlier version; delete it")
@@ -93,7 +93,7 @@ def compare(folder: Path, ours: list[dict], args) -> list[dict]:
                 found.append((f"{system} + HVQ", photos.aurocs(with_hvq(photos, scores)), {}))
     held.close()
     keys = ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP)
-    return [{"system": system, "both": figures[record["category"]],
+    return [{"system": system, "both": figures[record["category"]], "precision": args.precision,
              **{key: costs.get(key) for key in COSTS}, **{key: record[key] for key in keys}}
             for system, figures, costs in found for record in ours]
 
@@ -116,7 +116,8 @@ def table(records: list[dict]) -> tuple:
             row.append([evaluation.spread(one, "both", column) for column in columns[:2]])
         rows.append(row)
     each = [f"{category}: {' / '.join(columns[:2])}" for category, in by_category]
-    about = [evaluation.data_title(first), *(first[key] for key in evaluation.GROUP), "AUROC %"]
+    about = [evaluation.data_title(first), *(first[key] for key in evaluation.GROUP),
+             f"rivals trained in {first['precision']}, AUROC %"]
     costs = ["steps", "training s, features cached", "ms a photo", "MB"]
     return ", ".join(about), ["system", *columns, *costs, *each], rows
 
@@ -140,26 +141,27 @@ def curve_table(records: list[dict], most: int = 8) -> list[tuple]:
 def multi_table(records: list[dict]) -> list[tuple]:
     """Table 3: each system trained on each category alone, on all at once, and the difference,
     beside the paper's."""
-    tables = []
+    tables, keys = [], ("data", "rendered", "preset", "commit", "columns")
     paper = json.loads(data.REPORTED.read_text(encoding="utf-8"))["table3_multi_class"]
-    for members in evaluation.grouped(records, "data", "preset", "columns").values():
-        rows = []
-        for system in dict.fromkeys(record["system"] for record in members):
-            same = [record for record in members if record["system"] == system]
-            alone, all_ = ({(r["category"], r["seed"]): r for r in same
-                            if (r["trained on"] == "each alone") == one} for one in (True, False))
-            shared = alone.keys() & all_.keys()
-            for column in same[0]["columns"] if shared else ():
-                pair = [evaluation.spread([of[key] for key in shared], "both", column)
-                        for of in (alone, all_)]
-                if None not in pair:
-                    theirs = paper["delta_multi"].get(system.removesuffix("-S"))     # EfficientAD
-                    delta = f"{100 * (pair[1].mean - pair[0].mean):+.1f}"
-                    rows.append([system, column, *pair, delta,
-                                 f"{theirs:+.1f}" if theirs and column == "average" else None])
-        title = f"{evaluation.data_title(members[0])}: one model of all categories, AUROC %"
-        header = ["system", "", "each alone", "one model", "Δ_multi", "the paper's, on LOCO"]
-        tables += [(title, header, rows)] if rows else []
+    for members in evaluation.grouped(records, *keys).values():
+        for whole in sorted({record["trained on"] for record in members} - {"each alone"}):
+            rows = []
+            for system in dict.fromkeys(record["system"] for record in members):
+                same = [record for record in members if record["system"] == system]
+                alone, all_ = ({(r["category"], r["seed"]): r for r in same
+                                if r["trained on"] == one} for one in ("each alone", whole))
+                shared = alone.keys() & all_.keys()
+                for column in same[0]["columns"] if shared else ():
+                    pair = [evaluation.spread([of[key] for key in shared], "both", column)
+                            for of in (alone, all_)]
+                    if None not in pair:
+                        theirs = paper["delta_multi"].get(system.removesuffix("-S"))
+                        delta = f"{100 * (pair[1].mean - pair[0].mean):+.1f}"
+                        rows.append([system, column, *pair, delta, f"{theirs:+.1f}"
+                                     if theirs and column == "average" else None])
+            title = f"{evaluation.data_title(members[0])}: one model of {whole}, AUROC %"
+            header = ["system", "", "each alone", "one model", "Δ_multi", "the paper's, on LOCO"]
+            tables += [(title, header, rows)] if rows else []
     return tables
 
 
@@ -190,8 +192,6 @@ def percent(figure: float) -> evaluation.Spread:
     return evaluation.Spread(figure / 100)
 
 
-# Command line
-
 def parse(argv):
     parser = data.Parser(prog="bench/baselines.py", description="The paper's rivals beside LADMIM.")
     evaluation.add_runs(parser)
@@ -199,17 +199,18 @@ def parse(argv):
     add("--category", help="a folder's name, a comma list or all: train LADMIM there, if need be")
     add("--data", help="the folder that holds the category folders")
     add("--multi", action="store_true", help="one model of all these categories, too (Table 3)")
-    add("--seeds", type=runs.seed_list, default=[0], help="as in 0-4 (default 0)")
-    add("--preset", choices=ladmim.PRESETS, default="tiny", help="LADMIM's (default tiny)")
+    add("--seeds", type=runs.seed_list, help="as in 0-4 (default 0)")
+    add("--preset", choices=ladmim.PRESETS, help="LADMIM's (default tiny)")
     add("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}; all")
     add("--steps", type=options.count, help="at most so many steps of each training")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the rivals' trainings")
     add("--cache", type=Path, default=Path("cache"), help="default: cache")
     args = parser.parse_args(argv)
-    if not args.category and (args.data or args.multi):
-        raise data.InputError("--data and --multi need --category")
+    if not args.category and (args.data or args.multi or args.seeds or args.preset):
+        raise data.InputError("--data, --multi, --seeds and --preset need --category")
     if args.category and args.paths:
         raise data.InputError(f"--category {args.category} beside {args.paths[0]}: leave one out")
+    args.seeds, args.preset = args.seeds or [0], args.preset or "tiny"
     asked, args.methods = args.methods, args.methods.split(",")
     if set(args.methods) - METHODS.keys():
         raise data.InputError(f"--methods {asked}: choose from {', '.join(METHODS)}")

@@ -33,8 +33,8 @@ def mean_auroc(figures: list[dict]) -> float:
     return 100 * float(np.mean([one.get("average", next(iter(one.values()))) for one in figures]))
 
 
-def points(args) -> dict[str, list[tuple[float, float]]]:
-    """Each system's (megabytes, AUROC in percent), narrowest first."""
+def points(args) -> tuple[dict[str, list[tuple[float, float]]], str]:
+    """Each system's (megabytes, AUROC in percent), narrowest first, and whose photos these are."""
     rows, ours, theirs = ablations.ablate("width", args), [], []
     for records in rows.values():
         detector = ladmim.load_detector(Path(records[0]["run"]), records[0]["category"],
@@ -50,10 +50,11 @@ def points(args) -> dict[str, list[tuple[float, float]]]:
         figures = photos.aurocs(kept["scores"]["EfficientAD-S"])
         theirs.append((kept["megabytes"], mean_auroc(list(figures.values()))))
     lock.close()
-    return {"LADMIM": ours, "EfficientAD-S": theirs}
+    title = evaluation.data_title(next(iter(rows.values()))[0])
+    return {"LADMIM": ours, "EfficientAD-S": theirs}, title
 
 
-def draw(curves: dict[str, list[tuple[float, float]]], title: str) -> Image.Image:
+def draw(curves: dict[str, list[tuple[float, float]]], title: str, about: str) -> Image.Image:
     """Megabytes, on a logarithmic axis, against AUROC; a line a system."""
     sheet, font = Image.new("RGB", SIZE, "white"), ImageFont.load_default(14)
     pen, found = ImageDraw.Draw(sheet), [point for curve in curves.values() for point in curve]
@@ -74,7 +75,7 @@ def draw(curves: dict[str, list[tuple[float, float]]], title: str) -> Image.Imag
         pen.line([(x, y), (SIZE[0] - RIGHT, y)], (225, 225, 225))
         pen.text((x - 8, y), str(auroc), "black", font, "rm")
     pen.text((SIZE[0] // 2, 6), title, "black", font, "ma")
-    pen.text((SIZE[0] // 2, SIZE[1] - 24), "model, MB", "black", font, "ma")
+    pen.text((SIZE[0] // 2, SIZE[1] - 24), f"model, MB ({about})", "black", font, "ma")
     for number, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS)):
         line = [at(*point) for point in curve]
         pen.line(line, colour, 3)
@@ -98,14 +99,15 @@ def write(argv) -> int:
     args = parser.parse_args(argv)
     out = args.out or args.runs / "figure3.png"
     evaluation.write_report(out, None, MARK)         # what cannot be written is best said now
-    curves, mark, content = points(args), PngImagePlugin.PngInfo(), io.BytesIO()
+    (curves, photos), mark, content = points(args), PngImagePlugin.PngInfo(), io.BytesIO()
     mark.add_text("Software", MARK)
-    draw(curves, f"Figure 3, one model of {args.category}: AUROC %").save(content, "png",
-                                                                          pnginfo=mark)
+    about = f"{args.preset}, one model of {args.category}"
+    about += f", EfficientAD-S {args.steps:,} steps at most" if args.steps else ""
+    draw(curves, f"{photos}: AUROC %", about).save(content, "png", pnginfo=mark)
     evaluation.write_report(out, content.getvalue(), MARK)
     rows = [[name, f"{mb:.1f}", evaluation.Spread(auroc / 100)]
             for name, curve in curves.items() for mb, auroc in curve]
-    print(evaluation.markdown(str(out), ["system", "MB", "AUROC %"], rows))
+    print(evaluation.markdown(f"{photos}, {about}: {out}", ["system", "MB", "AUROC %"], rows))
     return 0
 
 

@@ -31,8 +31,7 @@ SHOWN = {"pixel AUROC": "pixel AUROC", "AUPRO": "AUPRO to 30 % FPR", "sPRO 0.05"
 def components(mask) -> np.ndarray:
     """mask (H, W) bool -> (H, W) the number of each pixel's 8-connected region, from 1; 0 outside.
 
-    The mask is cut into runs, neighbouring pixels of a row; union-find joins those that touch.
-    """
+    The mask is cut into runs, neighbouring pixels of a row; union-find joins those that touch."""
     padded = np.pad(mask, 1)                        # so that no run goes on in the next row
     width, edges = padded.shape[1], np.diff(padded.ravel().astype(np.int8))
     start, end = np.flatnonzero(edges == 1) + 1, np.flatnonzero(edges == -1) + 1
@@ -97,8 +96,7 @@ def area(regions, values, above, reached, limit: float) -> float:
 
     The curve is the mean over the regions of min(n / saturation area, 1), with n of a region's
     pixels above the threshold; every value is a threshold. So it is a sum of ramps, one a value,
-    each from the rate `above` the value to the one `reached` with it.
-    """
+    each from the rate `above` the value to the one `reached` with it."""
     height = np.zeros(len(values))                  # of each value's ramp
     for scores, saturation in regions:
         at, count = np.unique(np.searchsorted(values, scores), return_counts=True)
@@ -116,8 +114,7 @@ def localisation(photos) -> dict[str, float]:
 
     photos() -> iterator over (map (H, W), [(mask, saturation area in pixels)]), each mask (H, W)
     bool, or where it is true, as np.nonzero has it. It is called twice, so that memory is bounded
-    by the defects' pixels and one photo.
-    """
+    by the defects' pixels and one photo."""
     pixels, channels, regions = defect_scores(photos())
     if not len(pixels):
         raise InputError("localisation needs photos with ground-truth masks")

@@ -98,8 +98,6 @@ def our_score(detector, paths):
     return scores.squared_error(errors).mean(1), errors.of_masks.mean(1)
 
 
-# Both
-
 def make_detector(cfg, device):
     """An untrained detector with the shipped backbone: time and agreement need no more."""
     torch.manual_seed(0)

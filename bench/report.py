@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import ladmim  # noqa: E402
+import runs  # noqa: E402
 from backbone import overlay  # noqa: E402
 from bench.localise import tested_photos  # noqa: E402
 from data import InputError  # noqa: E402
@@ -153,7 +154,7 @@ def category_section(scored: evaluation.ScoredRun, category: str) -> str:
     missed = [photo for photo in reversed(judged) if photo.label and not photo.flagged]
     alarms = [photo for photo in judged if photo.flagged and not photo.label]
     bad = sum(photo.label for photo in judged)
-    detector, mistakes = ladmim.load_detector(scored.folder, category, torch.device("cpu")), []
+    detector, mistakes = ladmim.load_detector(scored.folder, category, runs.pick_device("cpu")), []
     for words, photos in (("missed", missed[:3]), ("false alarm", alarms[:3])):
         for photo in photos:
             caption = f"{words}: {photo.name}, score {photo.score:.2f} against {threshold:.2f}"
@@ -165,8 +166,6 @@ def category_section(scored: evaluation.ScoredRun, category: str) -> str:
             f"<details><summary>All {len(judged)} test photos by score: photo, structural map, "
             f"logical map; wrong verdicts framed</summary>{grid(cards)}</details>")
 
-
-# Command line
 
 def page(records: list[dict], problems: list[str]) -> str:
     """A category whose photos or models are gone gets a line instead of pictures, and a problem."""

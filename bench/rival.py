@@ -45,6 +45,7 @@ class Photos:
         if self.about != {"photos": state["fingerprint"], "tested": state["tested"]}:
             raise data.InputError(f"{scored.folder}: the photos in {root} changed since it was "
                                   "trained; run its train command again")
+        self.about |= {"size": self.size, "grid": self.ladmim.cfg.grid}
 
     def look(self, photos: list, grid: int):
         """-> their features at grid x grid tokens, standardised over the training photos; the
@@ -144,8 +145,7 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look,
     and looks are computed in the photos' precision.
 
     loss(batch, rng): of the photos numbered by batch; look(): the validation loss, and what else to
-    keep of this step. -> "steps", "settled", "train": their seconds, "curve": what look() found.
-    """
+    keep of this step. -> "steps", "settled", "train": their seconds, "curve": what look() found."""
     plan = replace(plan, steps=steps or plan.steps)
     optimizer = torch.optim.AdamW(model.parameters(), plan.lr, weight_decay=plan.weight_decay)
     file = photos.scored_run.folder / "rivals" / f"{name}.pt"

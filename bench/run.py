@@ -44,14 +44,6 @@ LEVELS, CODES, TOKENS = 4, 512, 576  # the paper's
 
 # Measuring
 
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
-
-
 def once(function, device: str, flush=None) -> float:
     """Seconds of one call, on a GPU with its L2 cache flushed before."""
     if device == "cpu":
@@ -250,8 +242,6 @@ def report(results: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# Command line
-
 def parse(argv) -> argparse.Namespace:
     parser = data.Parser(prog="bench/run.py", description="Measures the kernels on this machine.")
     parser.add_argument("--seconds", type=float, help="for each row (default 2, with --quick 0.1)")
@@ -286,13 +276,17 @@ def measure_kernels(device: str, seconds: float, quick: bool) -> dict:
 def benchmark(args) -> int:
     warnings.filterwarnings("ignore")                # until `run_command` ends
     args.out.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = runs.pick_device(None).type
     preset = args.preset or ("paper" if device == "cuda" else "tiny")
     seconds = args.seconds if args.seconds is not None else 0.1 if args.quick else 2.0
     settings = {"masks": 2, "hvq_batch": 2, "mim_batch": 2} if args.quick else {"masks": 64}
     versions = (f"torch {torch.__version__}, triton {triton.__version__ if triton else 'none'}, "
                 f"Python {platform.python_version()}")
-    results = {"device": device_name(device), "versions": versions, "commit": runs.git_commit(),
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else name
+    results = {"device": name, "versions": versions, "commit": runs.git_commit(),
                "preset": preset}
     if not args.naive:
         results |= measure_kernels(device, seconds, args.quick)

@@ -33,8 +33,7 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     Computed and returned in float32, for float64 logits in float64.
     On a CPU a mask without a token and a code outside 0..K-1, masked or not, are ValueErrors.
     On a GPU, where looking would make the host wait, a row with such a mask, or with such a code
-    among its masked ones, is NaN, and so is its gradient.
-    """
+    among its masked ones, is NaN, and so is its gradient."""
     (B, M, L, _), N = logits.shape, codes.shape[-1]
     if codes.shape != (B, L, N) or mask.shape not in ((M, N), (B, M, N)):
         raise ValueError("histogram_l1 needs logits (B, M, L, K), codes (B, L, N) and mask (M, N) "

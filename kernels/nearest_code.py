@@ -33,8 +33,7 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     The index is float64's wherever the two best distances differ by more than 1e-5 relative; ties
     go to the lowest. float32, bfloat16 and float16 in any mix; other dtypes raise TypeError, shapes
     that do not fit ValueError. A row with NaN or inf gets index -1 and distance NaN. A code with
-    NaN or inf is never chosen.
-    """
+    NaN or inf is never chosen."""
     if x.ndim != 2 or codebook.ndim != 2 or x.shape[1] != codebook.shape[1] or 0 in codebook.shape:
         shapes = f"{tuple(x.shape)} and {tuple(codebook.shape)}"
         raise ValueError(f"nearest_code needs x (T, D) and codebook (K, D), got {shapes}")

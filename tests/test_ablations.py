@@ -151,6 +151,9 @@ def test_table_7s_setting_is_one_model_with_a_shorter_training(small, tmp_path, 
         assert record["settings"]["mim_epochs"] == 1
         assert record["settings"]["mask"] == "checkerboard"
     assert ablations.main(["multi", *arguments]) == 2
+    title = json.loads(open("seven/ablation-masking.json").read())["tables"][0]["title"]
+    commit, = {record["commit"] for record in records}
+    assert f", tiny, one model of all, ViT 1 epochs, {commit}: masking" in title
 
 
 def test_photos_that_changed_are_scored_anew(small, tmp_path, monkeypatch, capsys):
@@ -169,6 +172,24 @@ def test_photos_that_changed_are_scored_anew(small, tmp_path, monkeypatch, capsy
     after, = ablation("scoring")["records"][""]
     for part in ("hvq", "mim"):
         assert after[part]["logical"] == pytest.approx(1 - before[part]["logical"])
+
+
+def test_one_model_shares_its_codes_whatever_the_preset(small, tmp_path, monkeypatch):
+    for name in ("juice_bottle", "pushpins"):
+        (tmp_path / "two").mkdir(exist_ok=True)
+        (tmp_path / "two" / name).symlink_to(small / "twin/juice_bottle")
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", {**SETTINGS, "hvq_epochs": 1, "mim_epochs": 1,
+                                                 "category_codes": "own"})
+    assert ablations.main(["multi", "--data", str(tmp_path / "two"), "--runs", "codes"]) == 0
+    records = json.loads(open("codes/ablation-multi.json").read())["records"]
+    assert {label: records[label][0]["settings"]["category_codes"] for label in records} == {
+        "each alone": "own", "one model": "shared", "one model, own codes": "own"}
+
+
+def test_rows_that_cannot_work_are_refused_before_any_training(small, monkeypatch, capsys):
+    monkeypatch.setitem(ladmim.PRESETS, "tiny", {**SETTINGS, "codes": 512, "mim_score": "mean"})
+    assert ablations.main(["score", *DATA, "--runs", "early"]) == 2
+    assert "--mim-score whitened" in capsys.readouterr().err and not (small / "early/twin").exists()
 
 
 @pytest.mark.parametrize("more, word", [

@@ -141,6 +141,8 @@ def test_every_rival_has_a_row_and_its_costs(beside):
     titles = [table["title"] for table in result["tables"]]
     assert sum("AUROC % over the steps" in title for title in titles) == 2
     assert sum(title.startswith("REFERENCE ONLY") for title in titles) == 2
+    assert all("rivals trained in fp32" in title for title in titles if "each alone" in title
+               and "steps" not in title and "REFERENCE" not in title)
     multi = result["tables"][-1]
     assert multi["header"][2:5] == ["each alone", "one model", "Δ_multi"]
     assert [row[0] for row in multi["rows"]] == [s for s in SYSTEMS for _ in range(3)]
@@ -151,6 +153,48 @@ def test_every_rival_has_a_row_and_its_costs(beside):
                           and (r["trained on"] == "each alone") == one]) for one in (True, False)]
         assert [alone["mean"], together["mean"]] == pytest.approx(means)
         assert float(delta) == pytest.approx(100 * (means[1] - means[0]), abs=0.051)
+
+
+def test_delta_multi_mixes_no_models_photos_or_commits():
+    """Each model of several categories against the runs alone of its own data, commit and seed."""
+    def record(trained_on, category, auroc, **other):
+        return {"system": "LADMIM", "category": category, "seed": 0, "columns": ("any",),
+                "data": "d", "rendered": False, "preset": "tiny", "commit": "1",
+                "trained on": trained_on, "both": {"any": auroc}} | other
+
+    alone = [record("each alone", name, auroc) for name, auroc in (("a", 0.9), ("b", 0.7))]
+    wholes = [record("a,b,c", "a", 0.6), record("a,b,c", "b", 0.6), record("a,b", "a", 0.8),
+              record("a,b", "b", 0.8)]
+    others = [record("each alone", "a", 0.1, rendered=True), record("a,b", "a", 0.3, rendered=True),
+              record("each alone", "b", 0.2, commit="2")]
+    tables = {title: rows for title, _, rows in baselines.multi_table(alone + wholes + others)}
+    assert {title: rows[0][4] for title, rows in tables.items()} == {
+        "d: one model of a,b, AUROC %": "+0.0", "d: one model of a,b,c, AUROC %": "-20.0",
+        "d (rendered twin, not MVTec's photos): one model of a,b, AUROC %": "+20.0"}
+
+
+def test_what_is_kept_is_of_one_size_and_grid(beside, capsys):
+    """A run that was trained again at the same place has other tokens."""
+    run = Path("runs/twin/pushpins-tiny-seed0")
+    (run / "checkpoint.pt").unlink()
+    shutil.rmtree(run / "rivals")
+    one, other = (["train", "--data", "twin", "--category", "pushpins", *map(str, QUICK), "--grid",
+                   grid, "--out", str(run)] for grid in ("4", "8"))
+    for arguments, exit_code in ((one, 0), (other, 1)):
+        assert ladmim.main(arguments) == 0
+        assert baselines.main([str(run), "--methods", "patchcore"]) == exit_code
+        (run / "checkpoint.pt").unlink()
+    assert "ladmim.json" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_photo_that_cannot_be_read_is_no_exit_code_0(beside, tmp_path, capsys):
+    shutil.copytree(Path("twin/pushpins").resolve(), tmp_path / "broken/pushpins")
+    (tmp_path / "broken/pushpins/test/good/000.png").write_text("no photo")
+    assert baselines.main(["--data", "broken", "--category", "pushpins", "--methods",
+                           "patchcore"]) == 2
+    warning, error = [line for line in capsys.readouterr().err.splitlines()
+                      if line.startswith(("warning", "error"))]
+    assert "000.png" in warning and "some photos cannot be read" in error
 
 
 def test_what_is_finished_is_not_done_again(beside, monkeypatch, capsys):
@@ -262,6 +306,7 @@ def test_photos_that_came_later_are_one_line(beside, capsys):
     (["--methods", "gcad"], "--methods gcad"), (["--steps", "0"], "--steps: '0'"),
     (["--multi"], "--category"),
     (["runs", "--category", "pushpins"], "--category pushpins"), (["--data", "twin"], "--category"),
+    (["--seeds", "0-4"], "--seeds"), (["--preset", "paper"], "--preset"),
     (["--data", "twin", "--category", "pushpins", "--multi"], "--multi")])
 def test_wrong_options_are_one_line(beside, arguments, named, capsys):
     assert baselines.main(arguments) == 2

@@ -36,6 +36,13 @@ def quick(tmp_path_factory):
     return out, json.loads(results.read_text()), done.stdout
 
 
+def test_wrong_kernels_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LADMIM_KERNELS", "foo")
+    assert bench.main(["--quick", "--out", str(tmp_path)]) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "LADMIM_KERNELS=foo" in line
+
+
 def test_a_slow_function_leaves_its_turns_to_the_others():
     found = bench.measure({"fast": lambda: None, "slow": lambda: time.sleep(0.01)}, "cpu", 0.3)
     assert found["slow"]["runs"] == 5 and found["fast"]["runs"] > 50

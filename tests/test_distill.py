@@ -3,6 +3,7 @@ import base64
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -285,6 +286,21 @@ def test_a_killed_distillation_ends_bit_for_bit_like_one_that_was_not(bank, corp
     assert same_weights(tmp_path / "whole.pt", tmp_path / "halted.pt")
 
 
+@pytest.mark.parametrize("changed", ["teacher", "photos"])
+def test_what_it_learns_from_must_be_what_it_was(changed, corpus, tmp_path, capsys):
+    """Another teacher, or other photos, under the same names."""
+    shutil.copy(corpus / "toy.pt", tmp_path / "toy.pt")
+    shutil.copytree(corpus / "photos", tmp_path / "photos")
+    args = small(tmp_path, tmp_path / "w.pt")
+    assert command(capsys, *args)[0] == 0
+    if changed == "teacher":
+        shutil.copy(corpus / "late.pt", tmp_path / "toy.pt")
+    else:
+        Image.new("RGB", (90, 80)).save(tmp_path / "photos/07.png")
+    code, _, err = command(capsys, *args, "--steps", 4)
+    assert code == 2 and "other settings" in err
+
+
 @pytest.mark.parametrize("size", [64, 160, 224, 320])
 def test_a_crop_as_large_as_the_photo_stays_inside(size):
     for short in range(40, 520):
@@ -310,7 +326,7 @@ def test_a_loss_that_explodes_is_one_line_and_the_last_good_step_is_kept(corpus,
                                                                          monkeypatch, capsys):
     monkeypatch.setattr(distill.distill, "__defaults__", (-1.0,))   # saves before every step
     out = tmp_path / "w.pt"
-    code, _, err = command(capsys, *small(corpus, out, "--steps", 60, "--lr", "1e30"))
+    code, _, err = command(capsys, *small(corpus, out, "--steps", 60, "--lr", "1e9"))
     line = err.splitlines()[-1]
     assert code == 2 and line.startswith("error: ") and "--lr" in line and not out.exists()
     student = torch.load(f"{out}.part", weights_only=True)["student"]
@@ -331,6 +347,9 @@ def test_mistakes_are_one_line(corpus, tmp_path, capsys):
                 (small(corpus, tmp_path / "w.pt", "--decay", 0), "--decay 0"),
                 (small(corpus, tmp_path / "w.pt", "--batch", 0), "--batch 0"),
                 (small(corpus, tmp_path / "w.pt", "--lr", "nan"), "--lr nan"),
+                (small(corpus, tmp_path / "w.pt", "--seed", 2**70), f"--seed {2**70}"),
+                (small(corpus, tmp_path / "w.pt", "--seed", -1), "--seed -1"),
+                (small(corpus, tmp_path / "w.pt", "--start", "none.pt"), "error: --start none.pt"),
                 (small(corpus, tmp_path / "w.pt", images=tmp_path / "few"), "too few"),
                 (small(corpus, tmp_path / "w.pt", images=tmp_path / "empty.tar"), "no images"),
                 (small(corpus, "/dev/null/x/w.pt"), "/dev/null/x")]
@@ -449,7 +468,24 @@ def test_what_is_not_the_package_is_one_line(tmp_path, capsys):
         pass
     whole = (tmp_path / "other.tgz").read_bytes()
     (tmp_path / "cut.tgz").write_bytes(whole[:len(whole) // 2])
-    for name in ("other", "text", "empty", "cut", "none"):
+    layers = [keras("InputLayer", "mixed2"), keras("Activation", "mixed5", "mixed2",
+                                                   activation="relu")]
+    package(tmp_path / "short.tgz", layers, {"w": (np.zeros((2, 2), np.uint8), 1, 0)})
+    parts = tarfile.open(tmp_path / "short.tgz")
+    texts = {name.name: parts.extractfile(name).read() for name in parts}
+    for name, before, after in (("short", b'"shape":[2,2]', b'"shape":[9,9]'),
+                                ("scale", b'"quantization"', b'"quantisation"'),
+                                ("maps", b'"mixed5"', b'"mixed9"')):
+        with tarfile.open(tmp_path / f"{name}.tgz", "w:gz") as tar:
+            for path, text in texts.items():
+                info = tarfile.TarInfo(path)
+                changed = text.replace(before, after)
+                info.size = len(changed)
+                tar.addfile(info, io.BytesIO(changed))
+    for name in ("other", "text", "empty", "cut", "none", "short", "scale", "maps"):
         assert convert_inception.main([str(tmp_path / f"{name}.tgz")]) == 2
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1 and "nsfwjs 4.3.0" in err
+    assert convert_inception.main(["other.tgz", "--out", str(tmp_path / "text.tgz")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert (tmp_path / "text.tgz").read_text() == "not a package"

@@ -16,14 +16,14 @@ from twin.render import COUNTS, render
 def test_points_lie_where_their_numbers_say():
     """From 8 to 32 megabytes and 80 to 90 percent: the corners and the middle."""
     curves = {"LADMIM": [(8, 80), (16, 84.9)], "EfficientAD-S": [(32, 89.9)]}
-    sheet = figure3.draw(curves, "title")
+    sheet = figure3.draw(curves, "title", "preset")
     assert sheet.size == (720, 480)
     for colour, points in zip(figure3.COLOURS, [[(70, 420), (385, 231)], [(700, 38)]]):
         blue = np.all(np.array(sheet) == colour, -1)
         for x, y in points:
             assert blue[y - 2:y + 7, x - 3:x + 4].any()
     assert not np.all(np.array(sheet) == figure3.COLOURS[1], -1)[200:, 100:600].any()
-    figure3.draw({"LADMIM": [(8, 70)]}, "one point")
+    figure3.draw({"LADMIM": [(8, 70)]}, "one point", "preset")
 
 
 def test_the_figure_of_two_small_categories(tmp_path, monkeypatch, capsys):
@@ -36,8 +36,15 @@ def test_the_figure_of_two_small_categories(tmp_path, monkeypatch, capsys):
     rows = ablations.ABLATIONS["width"]
     monkeypatch.setitem(ablations.ABLATIONS, "width", dict(list(rows.items())[1:3]))
     monkeypatch.setattr(figure3, "WIDTHS", (0.25, 1))
+    drawn, draw = [], figure3.draw
+    monkeypatch.setattr(figure3, "draw", lambda *args: drawn.append(args[1:]) or draw(*args))
     assert figure3.main(["--data", "twin", "--steps", "2"]) == 0
-    table = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines()[4:]]
+    title, *lines = capsys.readouterr().out.splitlines()
+    (photos, about), = drawn
+    assert photos == "twin (rendered twin, not MVTec's photos): AUROC %"
+    assert about == "tiny, one model of all, EfficientAD-S 2 steps at most"
+    assert photos.removesuffix(": AUROC %") in title and about in title
+    table = [line.split("|")[1:4] for line in lines[3:]]
     assert [row[0].strip() for row in table] == ["LADMIM"] * 2 + ["EfficientAD-S"] * 2
     sizes = [float(row[1]) for row in table]
     assert sizes[0] < sizes[1] and sizes[2] < sizes[3]

@@ -153,6 +153,14 @@ def test_a_broken_run_costs_one_line(small, capsys):
     assert "pushpins" in (small / "broken/x.html").read_text()
 
 
+def test_wrong_kernels_are_one_line(small, monkeypatch, capsys):
+    train("kernels/run")
+    monkeypatch.setenv("LADMIM_KERNELS", "foo")
+    assert report.main(["kernels", "--out", "kernels/x.html"]) == 1
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ") and "LADMIM_KERNELS=foo" in line
+
+
 @pytest.mark.parametrize("arguments, word", [
     (["none"], "none: no such folder"), (["--what"], "--what"), (["--runs", "none"], "no runs"),
     (["lone", "--out", "twin"], "twin"), (["--standardise", "test"], "--standardise")])

@@ -6,6 +6,7 @@ import torch
 
 import data
 from bench import rival
+from published import Codebook
 
 
 @pytest.mark.parametrize("losses, expected", [
@@ -114,3 +115,4 @@ def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
 
 def test_megabytes_are_four_bytes_a_number():
     assert rival.megabytes(torch.nn.Linear(3, 2), torch.zeros(5)) == pytest.approx(13 * 4e-6)
+    assert rival.megabytes(Codebook(7, 3, 0.9, 2)) == pytest.approx(42 * 4e-6)

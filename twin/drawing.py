@@ -131,8 +131,7 @@ def stamp(scene, shape, colour, grain=0.0, scale=4.0, bulge=0.0, gloss=0.0, shad
     colour: three values, 0 to 1. grain: relative deviation of the texture. scale: the texture's
     size in pixels of a 512 pixel canvas. bulge: how strongly the rim is shaded; the rim is wider
     on a larger shape. gloss: strength of the highlight. shadow: darkness of the drop shadow.
-    alpha: opacity.
-    """
+    alpha: opacity."""
     bounds = shape.getbbox()
     if bounds is None:
         return

@@ -104,8 +104,7 @@ def render(out: Path, category: str, counts: dict[str, int] = COUNTS, size: int 
     counts: photos by kind; size: a photo's side in pixels. The same arguments give the same
     pixels. The folder appears once it is complete. Raises ValueError for an unknown category and
     OSError where it cannot be written, with a line that says why. The presets were tuned on seed 0;
-    the default and the figures in bench/RESULTS.md are seed 1.
-    """
+    the default and the figures in bench/RESULTS.md are seed 1."""
     check_category(category)
     target = Path(out) / category
     mark = {"seed": seed, "size": size,

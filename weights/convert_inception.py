@@ -37,18 +37,15 @@ def read_package(package: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
     def text(name):
         return tar.extractfile(f"{FOLDER}{name}.min.js").read().decode()
 
-    try:
-        with tarfile.open(package) as tar:
-            source = text("model")
-            # A minified JavaScript object: keys without quotes, !0 for true, .5 for 0.5.
-            source = re.search(r"n\.exports=(.*)\},\{\}\]\},\{\},\[1\]", source, re.DOTALL)[1]
-            source = re.sub(r"([{,])([A-Za-z_]\w*):", r'\1"\2":', source)
-            source = source.replace("!0", "true").replace("!1", "false")
-            model = json.loads(re.sub(r"([:\[,-])\.(\d)", r"\g<1>0.\2", source))
-            (manifest,) = model["weightsManifest"]
-            parts = [re.search('exports="([^"]*)"', text(path))[1] for path in manifest["paths"]]
-    except Exception:                                # each kind of damage raises another class
-        raise InputError(f"{package}: not nsfwjs 4.3.0; `npm pack nsfwjs@4.3.0` gets it") from None
+    with tarfile.open(package) as tar:
+        source = text("model")
+        # A minified JavaScript object: keys without quotes, !0 for true, .5 for 0.5.
+        source = re.search(r"n\.exports=(.*)\},\{\}\]\},\{\},\[1\]", source, re.DOTALL)[1]
+        source = re.sub(r"([{,])([A-Za-z_]\w*):", r'\1"\2":', source)
+        source = source.replace("!0", "true").replace("!1", "false")
+        model = json.loads(re.sub(r"([:\[,-])\.(\d)", r"\g<1>0.\2", source))
+        (manifest,) = model["weightsManifest"]
+        parts = [re.search('exports="([^"]*)"', text(path))[1] for path in manifest["paths"]]
     content, weights, offset = b"".join(map(base64.b64decode, parts)), {}, 0
     for entry in manifest["weights"]:
         count, scaled = math.prod(entry["shape"]), entry["quantization"]
@@ -147,8 +144,14 @@ def convert(argv) -> int:
     parser.add_argument("package", type=Path, help="nsfwjs-4.3.0.tgz")
     parser.add_argument("--out", type=Path, default=Path("inception.pt"))
     args = parser.parse_args(argv)
-    graph = Graph(*read_package(args.package), MAPS).eval().requires_grad_(False)
-    geometry = [graph.geometry[name] for name in MAPS]
+    if args.out.exists():
+        raise InputError(f"--out {args.out}: is there already; name another file")
+    try:
+        graph = Graph(*read_package(args.package), MAPS).eval().requires_grad_(False)
+        geometry = [graph.geometry[name] for name in MAPS]
+    except Exception as error:                       # each kind of damage raises another class
+        raise InputError(f"{args.package}: not nsfwjs 4.3.0 ({error!r}); `npm pack nsfwjs@4.3.0` "
+                         "gets it") from None
     with torch.no_grad():
         traced = torch.jit.trace(graph, torch.rand(1, 3, 299, 299))
         # Freezing folds each batch norm into the convolution before it.

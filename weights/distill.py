@@ -108,8 +108,8 @@ class Bank:
     def __init__(self, file: Path, corpus: Corpus, teachers: list, target: list, args, device):
         self.corpus, self.teachers, self.target = corpus, teachers, target
         self.args, self.device = args, device
-        key = hashlib.blake2b(repr((args.images, args.precision, args.seed)).encode(),
-                              digest_size=8)
+        key = hashlib.blake2b(repr((args.images, corpus.sizes, args.precision,
+                                     args.seed)).encode(), digest_size=8)
         for part in (part for block in target for part in block):
             key.update(part.numpy().tobytes())
         self.key, side = key.hexdigest().encode(), SIDE - 2 * EDGE
@@ -175,10 +175,10 @@ def explained_variance(student: nn.Module, teachers: list, target: list, held_ou
 
 
 def check(args):
-    for option in ("steps", "decay", "batch", "bank", "lr"):
+    for option in ("steps", "decay", "batch", "bank", "lr", "seed"):
         value = getattr(args, option)
-        if not math.isfinite(value) or value < 0 or (value == 0 and option != "steps"):
-            raise InputError(f"--{option} {value}: must be a number above 0")
+        if not 0 <= value < 2**31 or (value == 0 and option not in ("steps", "seed")):
+            raise InputError(f"--{option} {value}: must be a number above 0, and below 2^31")
     if args.batch > min(args.bank, FIRST):
         raise InputError(f"--batch {args.batch}: must be at most {FIRST}, and at most --bank")
     if args.size and args.start:
@@ -195,8 +195,11 @@ def begin(args, part: Path, corpus: Corpus, teachers: list, device):
     names = ("images", "teacher", "shares", "size", "start", "batch", "bank", "lr", "precision",
              "seed")
     settings = {name: getattr(args, name) for name in names}
+    settings |= {"sizes": corpus.sizes, "teacher": [
+        hashlib.sha256(Path(name).read_bytes()).hexdigest() if Path(name).is_file() else name
+        for name in args.teacher]}
     torch.manual_seed(args.seed)
-    student = load_pdn(args.start, args.seed)[0] if args.start else build_pdn(args.size)
+    student = load_pdn(args.start, args.seed, "--start")[0] if args.start else build_pdn(args.size)
     student = student.to(device, memory_format=torch.channels_last).requires_grad_(True)
     student[0].requires_grad_(not args.start)        # its gradient is a fifth of a step
     optimizer = torch.optim.Adam(student.parameters(), lr=args.lr, fused=True)

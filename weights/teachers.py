@@ -138,6 +138,8 @@ class Corpus:
                                  "least, thousands for use")
             self.held_out += [photos[n] for n in order[:kept]]
             self.learn += [photos[n] for n in order[kept:]]
+        self.sizes = [size if size >= 0 else file.stat().st_size      # bytes
+                      for _, file, _, size in self.learn + self.held_out]
 
     def crop_of(self, photo: tuple, *where) -> np.ndarray | None:
         """`crop_of` of one photo; None and a warning where it cannot be read."""
