@@ -1,5 +1,6 @@
 """bench/baselines.py: PatchCore against a plain loop, and beside a run."""
 import csv
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -324,6 +325,11 @@ def test_reported_results_hold_together():
         means = [single[kind]["average"].get(system, 0) for kind in evaluation.KINDS]
         if not system.endswith("_std") and abs(np.mean(means) - overall) > 0.11:
             assert system in single["note"]
+    for table, kind in itertools.product((single, multi), evaluation.KINDS):
+        for system, average in table[kind]["average"].items():
+            of_each = [table[kind][name][system] for name in paper["categories"]]
+            if not system.endswith("_std") and abs(np.mean(of_each) - average) > 0.11:
+                assert f"{system}'s" in single["note"] and str(average) in single["note"]
     for table, row in (("table5_scoring_ablation", "both"), ("table6_combined_with_hvq", "LADMIM"),
                        ("table8_prediction_target", "histogram")):
         assert paper[table][row]["average"] != single["overall"]["LADMIM"]
