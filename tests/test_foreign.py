@@ -74,7 +74,7 @@ def test_a_folder_of_others_is_no_run_folder(photos, name):
 
 def test_a_figure_replaces_figures_only(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(figure3, "points", lambda args: {"LADMIM": [(8, 70)]})
+    monkeypatch.setattr(figure3, "points", lambda args: ({"LADMIM": [(8, 70)]}, "twin"))
     picture(tmp_path / "mine.png")
     before = (tmp_path / "mine.png").read_bytes()
     assert figure3.main(["--out", "mine.png"]) == 2 and "mine.png" in capsys.readouterr().err
