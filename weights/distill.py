@@ -178,7 +178,7 @@ def check(args):
     for option in ("steps", "decay", "batch", "bank", "lr", "seed"):
         value = getattr(args, option)
         if not 0 <= value < 2**31 or (value == 0 and option not in ("steps", "seed")):
-            raise InputError(f"--{option} {value}: must be a number above 0, and below 2^31")
+            raise InputError(f"--{option} {value}: must be above 0 (steps, seed: or 0), below 2^31")
     if args.batch > min(args.bank, FIRST):
         raise InputError(f"--batch {args.batch}: must be at most {FIRST}, and at most --bank")
     if args.size and args.start:
