@@ -368,9 +368,9 @@ def error_table(records: list[dict], title: str) -> tuple:
             rows)
 
 
-def reported(figures: dict) -> Spread:
-    std = figures.get("LADMIM_std")
-    return Spread(figures["LADMIM"] / 100, std and std / 100)
+def reported(figures: dict, system: str = "LADMIM") -> Spread:
+    std = figures.get(f"{system}_std")
+    return Spread(figures[system] / 100, std and std / 100)
 
 
 def reported_rows(records: list[dict], paper: dict) -> list[list]:

@@ -47,7 +47,7 @@ def judge(tokens: torch.Tensor, photos: list) -> dict[str, list[str]]:
     return {kind: [f"{100 * first[kind]:.1f}", f"{100 * second[kind]:.1f}"] for kind in first}
 
 
-def teacher_tokens(teacher, name: str, photos: list, args, device) -> torch.Tensor:
+def teacher_tokens(teacher, name: str, photos: list, args, device, white: int) -> torch.Tensor:
     """All maps of a teacher at the student's positions, averaged to tokens: (n, N, d)."""
     def see(images):
         x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
@@ -59,7 +59,7 @@ def teacher_tokens(teacher, name: str, photos: list, args, device) -> torch.Tens
     seen, _ = backbone.cached_features(
         [photo.path for photo in photos], SIZE, f"teacher {hashlib.blake2b(key).hexdigest()}",
         lambda images: see(images).half().cpu().numpy(), (args.grid ** 2, width), args.cache,
-        runs.Progress(f"features of {name}", len(photos), "photos"))
+        runs.Progress(f"features of {name}", len(photos), "photos"), white=white)
     return torch.from_numpy(seen)
 
 
@@ -103,13 +103,15 @@ def measure(args) -> int:
     for name in names:
         photos, rows = data.find_photos(root, name, 0), []
         data.check_test_split(photos, needed=True)
+        trained = [photo.path for photo in photos if photo.split == "train"]
+        white = max(data.deeper(trained).values(), default=0)
         for file, pdn in pdns.items():
             seen, left, at, _ = backbone.find_features(photos, pdn, SIZE, args.grid, False,
-                                                       device, args.cache)
+                                                       device, args.cache, white)
             judged = judge(seen[at], left)
             rows.append([file, *judged.values()])
         for file, teacher in teachers.items():
-            judged = judge(teacher_tokens(teacher, file, left, args, device), left)
+            judged = judge(teacher_tokens(teacher, file, left, args, device, white), left)
             rows.append([file, *judged.values()])
         print(evaluation.markdown(f"{name}: AUROC % of PatchCore / Mahalanobis distance",
                                   ["backbone", *judged], rows), flush=True)

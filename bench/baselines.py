@@ -40,6 +40,7 @@ METHODS = {
     "patchcore": lambda photos, steps: patchcore.run(photos, average=True),
     "patches": lambda photos, steps: patchcore.run(photos, average=False),
     "smae": masked.run_smae, "maeday": masked.run_maeday, "efficientad": efficientad.run}
+TRAINED = ("smae", "maeday", "efficientad")
 COSTS = ("train", "image", "megabytes", "steps", "settled", "curve")
 
 
@@ -47,7 +48,7 @@ def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
     """What the method found on these photos: in RUN/rivals, or now."""
     file = photos.scored_run.folder / "rivals" / f"{name}.json"
     about = photos.about
-    if name.startswith(("smae", "maeday", "efficientad")):           # what is trained
+    if name.startswith(TRAINED):
         about = about | {"steps asked for": steps, "precision": photos.precision}
     if file.exists():
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -173,23 +174,19 @@ def reported_table(records: list[dict]) -> list[tuple]:
     alone = first["trained on"] == "each alone"
     known = sorted({record["category"] for record in records} & set(paper["categories"]))
     rows, figures = [], paper["table2_single_class" if alone else "table3_multi_class"]
+    kinds = [figures[kind] for kind in evaluation.KINDS]
     for system in figures["overall"]:
         if not system.endswith("_std"):
-            means = [figures[kind]["average"][system] for kind in evaluation.KINDS]
-            rows.append([system, *map(percent, (*means, figures["overall"][system]))])
-            rows[-1] += [[percent(figures[kind][one][system]) for kind in evaluation.KINDS]
-                         for one in known]
-    for system, row in paper["table6_combined_with_hvq"].items() if alone else ():
-        if system != "note":
-            rows.append([f"{system} (Table 6)", *(percent(row[c]) for c in first["columns"])])
-            rows[-1] += [None] * len(known)
+            means = [evaluation.reported(kind["average"], system) for kind in kinds]
+            each = [[evaluation.reported(kind[one], system) for kind in kinds] for one in known]
+            rows.append([system, *means, evaluation.reported(figures["overall"], system), *each])
+    for name, row in paper["table6_combined_with_hvq"].items() if alone else ():
+        if name != "note":
+            cells = [evaluation.reported(row, column) for column in first["columns"]]
+            rows.append([f"{name} (Table 6)", *cells, *[None] * len(known)])
     note = "REFERENCE ONLY, not comparable with rendered data: " if first["rendered"] else ""
     return [(f"{note}the paper's Table {2 if alone else 3}, means of LOCO's five categories",
              ["system", *first["columns"], *known], rows)]
-
-
-def percent(figure: float) -> evaluation.Spread:
-    return evaluation.Spread(figure / 100)
 
 
 def parse(argv):
@@ -203,7 +200,7 @@ def parse(argv):
     add("--preset", choices=ladmim.PRESETS, help="LADMIM's (default tiny)")
     add("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}; all")
     add("--steps", type=options.count, help="at most so many steps of each training")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the rivals' trainings")
+    add("--precision", choices=("fp32", "bf16"), help="of the rivals' trainings (default fp32)")
     add("--cache", type=Path, default=Path("cache"), help="default: cache")
     args = parser.parse_args(argv)
     if not args.category and (args.data or args.multi or args.seeds or args.preset):
@@ -214,6 +211,9 @@ def parse(argv):
     asked, args.methods = args.methods, args.methods.split(",")
     if set(args.methods) - METHODS.keys():
         raise data.InputError(f"--methods {asked}: choose from {', '.join(METHODS)}")
+    if (args.steps or args.precision) and not {*args.methods} & {*TRAINED}:
+        raise data.InputError(f"--steps, --precision: {asked} trains nothing; leave them out")
+    args.precision = args.precision or "fp32"
     return args
 
 

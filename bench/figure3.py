@@ -25,7 +25,7 @@ from bench import ablations, baselines, efficientad, rival  # noqa: E402
 MARK = "LADMIM figure"                  # of an earlier one, which may be replaced
 WIDTHS = (0.25, 0.5, 1, 2)
 COLOURS = ((30, 90, 200), (220, 110, 20))
-SIZE, LEFT, TOP, RIGHT, BOTTOM = (720, 480), 70, 30, 20, 60          # pixels
+SIZE, LEFT, TOP, RIGHT, BOTTOM = (720, 480), 70, 50, 20, 60          # pixels
 
 
 def mean_auroc(figures: list[dict]) -> float:
@@ -50,8 +50,7 @@ def points(args) -> tuple[dict[str, list[tuple[float, float]]], str]:
         figures = photos.aurocs(kept["scores"]["EfficientAD-S"])
         theirs.append((kept["megabytes"], mean_auroc(list(figures.values()))))
     lock.close()
-    title = evaluation.data_title(next(iter(rows.values()))[0])
-    return {"LADMIM": ours, "EfficientAD-S": theirs}, title
+    return {"LADMIM": ours, "EfficientAD-S": theirs}, evaluation.data_title(records[0])
 
 
 def draw(curves: dict[str, list[tuple[float, float]]], title: str, about: str) -> Image.Image:
@@ -76,12 +75,12 @@ def draw(curves: dict[str, list[tuple[float, float]]], title: str, about: str) -
         pen.text((x - 8, y), str(auroc), "black", font, "rm")
     pen.text((SIZE[0] // 2, 6), title, "black", font, "ma")
     pen.text((SIZE[0] // 2, SIZE[1] - 24), f"model, MB ({about})", "black", font, "ma")
-    for number, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS)):
+    for (name, curve), colour in zip(curves.items(), COLOURS):
         line = [at(*point) for point in curve]
         pen.line(line, colour, 3)
         for x, y in line:
             pen.ellipse([x - 5, y - 5, x + 5, y + 5], colour)
-        pen.text((LEFT + 12, TOP + 8 + 20 * number), name, colour, font)
+        pen.text((line[-1][0] + 5, line[-1][1] - 8), name, colour, font, "rb")
     return sheet
 
 

@@ -153,7 +153,7 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look,
              "step": 0, "settled": None, "seconds": 0.0, "curve": []}
     if file.exists():
         held = runs.load_file(file, str(file))
-        if any(held.get(key) != state[key] for key in ("plan", "about")):
+        if not isinstance(held, dict) or any(held.get(k) != state[k] for k in ("plan", "about")):
             raise data.InputError(f"{file}: is of other settings or photos; delete it")
         state = held
         model.load_state_dict(state["model"])

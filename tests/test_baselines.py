@@ -281,13 +281,14 @@ def test_two_at_once_on_one_run_are_one_line(beside, capsys):
             in capsys.readouterr().err.splitlines())
 
 
-def test_what_is_not_trained_is_kept_in_any_precision(beside):
+def test_what_is_not_trained_is_kept_in_any_precision(beside, capsys):
     run = "runs/twin/pushpins-tiny-seed0"
     kept = [Path(run, "rivals", f"{name}.json") for name in ("ladmim", "patchcore")]
     before = [file.stat().st_mtime_ns for file in kept]
-    assert baselines.main([run, "--methods", "patchcore", "--precision", "bf16"]) == 0
+    assert baselines.main([run, "--methods", "patchcore,smae", "--precision", "bf16"]) == 1
+    warning, = (x for x in capsys.readouterr().err.splitlines() if x.startswith("warning"))
+    assert "smae.json" in warning and "delete it" in warning
     assert [file.stat().st_mtime_ns for file in kept] == before
-    assert baselines.main([run, "--methods", "smae", "--precision", "bf16"]) == 1
 
 
 def test_photos_that_came_later_are_one_line(beside, capsys):
@@ -308,7 +309,9 @@ def test_photos_that_came_later_are_one_line(beside, capsys):
     (["--multi"], "--category"),
     (["runs", "--category", "pushpins"], "--category pushpins"), (["--data", "twin"], "--category"),
     (["--seeds", "0-4"], "--seeds"), (["--preset", "paper"], "--preset"),
-    (["--data", "twin", "--category", "pushpins", "--multi"], "--multi")])
+    (["--data", "twin", "--category", "pushpins", "--multi"], "--multi"),
+    (["--methods", "patchcore", "--steps", "5"], "patchcore trains nothing"),
+    (["--methods", "patches", "--precision", "fp32"], "patches trains nothing")])
 def test_wrong_options_are_one_line(beside, arguments, named, capsys):
     assert baselines.main(arguments) == 2
     line, = capsys.readouterr().err.splitlines()

@@ -79,9 +79,10 @@ def test_it_ends_where_the_loss_has_settled(tmp_path):
     assert record["curve"][-1]["step"] == 11
 
 
-def test_a_training_of_other_settings_is_no_start(tmp_path):
+@pytest.mark.parametrize("held", [{"plan": {"steps": 7}, "about": {"photos": "ab"}}, [1, 2], {}])
+def test_a_training_of_other_settings_is_no_start(tmp_path, held):
     start(tmp_path)
-    torch.save({"plan": {"steps": 7}, "about": {"photos": "ab"}}, tmp_path / "rivals/toy.pt")
+    torch.save(held, tmp_path / "rivals/toy.pt")
     _, fit, _ = start(tmp_path)
     with pytest.raises(data.InputError, match="toy.pt.*delete it"):
         fit()
