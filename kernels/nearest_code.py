@@ -27,8 +27,9 @@ import torch
 from .dispatch import jit, on_device, tl, triton, use_triton
 
 
-def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, D), codebook (K, D) -> index (T,) int64, squared distance (T,) float32. No gradients.
+def nearest_code(x: torch.Tensor, codebook: torch.Tensor, distance: bool = True):
+    """x (T, D), codebook (K, D) -> index (T,) int64, squared distance (T,) float32; without
+    `distance` it may be None. No gradients.
 
     The index is float64's wherever the two best distances differ by more than 1e-5 relative; ties
     go to the lowest. float32, bfloat16 and float16 in any mix; other dtypes raise TypeError, shapes
@@ -40,9 +41,9 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor,
     for tensor in (x, codebook):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"nearest_code needs float32, bfloat16 or float16, got {tensor.dtype}")
-    at_once = x.device.type == "cpu" and not (use_triton(x) or torch.compiler.is_compiling())
-    # An operator's dispatch would take as long as the search of a step.
-    return (_on_torch if at_once else _nearest_code)(x.detach(), codebook.detach())
+    if x.device.type == "cpu" and not (use_triton(x) or torch.compiler.is_compiling()):
+        return _on_torch(x.detach(), codebook.detach(), distance)  # dispatch would cost as much
+    return _nearest_code(x.detach(), codebook.detach())
 
 
 def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None) -> torch.Tensor:
@@ -50,7 +51,7 @@ def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None
     own (B,): the number of each photo's -> (B, N), own K + index, or -1 for NaN or inf. Searched
     are all C: to sort out the photos, a GPU would have to be waited for."""
     flat = x.flatten(0, 1)
-    index, *others = (nearest_code(flat, codes)[0].view(x.shape[:2]) for codes in codebooks)
+    index, *others = (nearest_code(flat, codes, False)[0].view(x.shape[:2]) for codes in codebooks)
     for number, found in enumerate(others, 1):
         mine = (own == number)[:, None] & (found >= 0)
         index = torch.where(mine, found + number * len(codebooks[number]), index)
@@ -71,9 +72,9 @@ def _outputs(x, codebook):
 
 # ---- torch
 
-def _on_torch(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_torch(x: torch.Tensor, codebook: torch.Tensor, distance: bool = True):
     if len(x) * len(codebook) <= 2**17:                 # as measured
-        return _few_rows(x, codebook)
+        return _few_rows(x, codebook, distance)
     with torch.autocast(x.device.type, enabled=False):
         return _torch_path(x, codebook)
 
@@ -120,18 +121,17 @@ def _torch_path(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, 
     return index, distance
 
 
-def _few_rows(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _few_rows(x: torch.Tensor, codebook: torch.Tensor, distance: bool):
     """All in float64: few operators, which here cost more than what they compute."""
-    D, x, codes = x.shape[1], x.float(), codebook.float()
-    wide, table = x.double(), codes.double()
-    square = table.square().sum(1)
-    best, runner, index = _best_two(torch.addmm(square, wide, table.T, beta=-0.5))
+    D, wide, codes = x.shape[1], x.double(), codebook.double()
+    square = codes.square().sum(1)
+    best, runner, index = _best_two(torch.addmm(square, wide, codes.T, beta=-0.5))
     longest = square.max().sqrt()
     error = (D + 8) * 2.0**-52 * longest * (torch.linalg.vector_norm(wide, dim=1) + longest)
     again = (~(best - runner > error)).nonzero().squeeze(1)        # true for NaN, too
     if len(again):
-        index[again] = _redo_rows(x[again], codes)
-    return index, _squared_distance(x, codes, index)
+        index[again] = _redo_rows(wide[again], codes)
+    return index, _squared_distance(x.float(), codebook.float(), index) if distance else None
 
 
 def _squared_distance(x, codes, index) -> torch.Tensor:

@@ -47,7 +47,7 @@ def nearest_code_reference(x, codebook):
 def found(x, codebook):
     """Index and distance by nearest_code, and by both torch paths: it takes one by the size."""
     small = DEVICE == "cpu" and not INTERPRETED and len(x) * len(codebook) <= 2**20
-    for path in [nearest_code] + small * [_few_rows, _torch_path]:
+    for path in [nearest_code] + small * [lambda *of: _few_rows(*of, True), _torch_path]:
         yield [t.cpu() for t in path(x.to(DEVICE), codebook.to(DEVICE))]
 
 

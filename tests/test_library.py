@@ -1,6 +1,7 @@
-"""A program that uses LADMIM keeps its own switches."""
+"""A program that uses the kernels keeps its own switches, and asks for what it needs."""
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,3 +33,14 @@ def test_no_switch_of_the_process_is_touched():
         list(pool.map(lambda seed: nearest_code(normal(64, 8, seed=seed), normal(16, 8)),
                       range(200)))
     assert switches() == before
+
+
+@pytest.mark.parametrize("T, K", [(0, 5), (1, 1), (40, 33), (300, 512)])
+def test_the_index_is_the_same_without_the_distance(T, K):
+    x, codebook = normal(T, 8), normal(K, 8, seed=1)
+    x[::7] = torch.nan
+    x[1::7] = codebook[K // 2]
+    distance = (x.double()[:, None] - codebook.double()).square().sum(2)
+    expected = distance.nan_to_num(nan=torch.inf).argmin(1).masked_fill(x.isnan().any(1), -1)
+    twice = torch.cat([codebook, codebook])                              # of ties the lowest
+    assert torch.equal(nearest_code(x, twice, distance=False)[0], expected)
