@@ -24,13 +24,13 @@ class InputError(Exception):
 
 
 @contextmanager
-def readable():
-    """A folder or file that cannot be read is an InputError."""
+def readable(path="a file"):
+    """A folder or file that cannot be read is an InputError. Not every error knows its path."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check name and "
-                         "permissions") from None
+        raise InputError(f"{error.filename or path}: cannot be read ({error.strerror}); check name "
+                         "and permissions") from None
 
 
 class Parser(argparse.ArgumentParser):

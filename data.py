@@ -52,7 +52,7 @@ def write_whole(path: Path, content: bytes,
 
 def make_folder(folder: Path, option: str, photos: list[Path], names: list[str]):
     """Makes a folder for drawings of photos, NAME.png each. Only drawings in it are replaced."""
-    if folder.resolve() in {path.resolve().parent for path in photos}:
+    if os.path.realpath(folder) in {os.path.dirname(os.path.realpath(path)) for path in photos}:
         raise InputError(f"{option} {folder}: holds the photos themselves; name another folder")
     for file in (folder / f"{name}.png" for name in names):
         if os.path.lexists(file) and not is_drawn(file):
@@ -197,12 +197,12 @@ def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
     """The folder that holds the category folders, and the categories asked for: a name, a comma
     list or "all". Draws the twin where there is no data."""
     asked = sorted(set(category.split(",")))
-    root = Path(folder or "data/mvtec_loco_anomaly_detection")
+    root = Path("data/mvtec_loco_anomaly_detection" if folder is None else folder)
     there = [name for name in asked if (root if name == "all" else root / name).is_dir()]
-    if not folder and there and there != asked:
+    if folder is None and there and there != asked:
         raise InputError(f"--category {category}: of these {root} holds {', '.join(there)} only, "
                          "and photos and drawings are not mixed; name --data or fewer categories")
-    if not folder and not there:
+    if folder is None and not there:
         root = Path("data/rendered")
         for name in SCENES if asked == ["all"] else asked:
             if not (root / name).is_dir():

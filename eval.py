@@ -94,7 +94,7 @@ def find_runs(folders: list[Path]) -> list[Path]:
 
 
 def read_text(file: Path) -> str:
-    with data.readable():               # the name of a photo may hold any bytes
+    with data.readable(file):           # the name of a photo may hold any bytes
         return file.read_bytes().decode("utf-8", "surrogateescape")
 
 

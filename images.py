@@ -59,7 +59,7 @@ def is_drawn(path: Path) -> bool:
 
 
 def read(path: Path) -> bytes:
-    with readable():
+    with readable(path):
         if path.is_dir():
             os.listdir(path)                     # where that is forbidden, it is the better reason
         if not path.is_file():
@@ -79,6 +79,8 @@ def decode(content: bytes, path: Path, use):
             return use(image)
     except UnidentifiedImageError:
         reason = "not an image, cut off at its start, or of a format that Pillow does not know"
+    except MemoryError:
+        raise
     except Exception as error:     # Pillow's decoders raise whatever their parsers stumble on
         reason = " ".join(str(error).split()) or type(error).__name__
     raise InputError(f"{path}: cannot be read as an image ({reason}); replace or remove it")
@@ -93,7 +95,11 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def load_turned(image: Image.Image):
-    """Decodes the image, and turns it as EXIF says."""
+    """Decodes the image, and turns it as EXIF says. Raises ValueError where Pillow misreads it."""
+    tags = getattr(image, "tag_v2", {})                        # of a TIFF
+    planes = tags.get(284) == 2 and "raw" in str(image.tile)
+    if np.max(tags.get(258, 8)) > 8 and (planes or tags.get(262) == 0):
+        raise ValueError("16 bits, each colour by itself or white as 0: save it with 8 bits")
     image.load()
     with suppress(Exception):      # a broken EXIF block says nothing about the pixels
         ImageOps.exif_transpose(image, in_place=True)
@@ -167,7 +173,7 @@ def least_white(image: Image.Image) -> int:
         return 0
     image.load()
     is_colour = not image.mode.startswith(("I", "F"))
-    top = np.asarray(image).max() * 257.0 if is_colour else deep_values(image).max()
+    top = np.asarray(image.convert("RGB")).max() * 257.0 if is_colour else deep_values(image).max()
     if image.mode == "F":
         return 1 if top <= 1 else 255
     return 2 ** max(8, int(top).bit_length()) - 1

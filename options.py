@@ -39,7 +39,7 @@ def chosen_settings(args, config_class) -> dict:
     a whole."""
     typed = {field.name: getattr(args, field.name) for field in dataclasses.fields(config_class)}
     if typed["pdn"] not in (None, "random"):
-        path = Path(typed["pdn"]).resolve()
+        path = Path(os.path.realpath(typed["pdn"]))
         below = os.path.relpath(path)
         outside = below.startswith("..") or below == SHIPPED     # not this repository's own
         typed["pdn"] = SHIPPED if path == ROOT / SHIPPED else str(path) if outside else below

@@ -85,8 +85,7 @@ def next_step(folder: Path) -> str:
 def predict(detector, args) -> int:
     """Exit code 1 where a photo could not be read."""
     paths, records = data.find_images(args.images), []
-    names = data.flat_names(paths)
-    size, white = detector.cfg.image_size, detector.white
+    names, size, white = data.flat_names(paths), detector.cfg.image_size, detector.white
     threshold, meaning = pick_threshold(detector, args)
     if args.heatmap:
         data.make_folder(args.heatmap, "--heatmap", paths, names)
@@ -140,4 +139,5 @@ def write_table(file: Path, records: list[dict]):
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
     writer.writerows(records)
-    evaluation.write_report(file, table.getvalue().encode(errors="replace"), ",".join(COLUMNS))
+    content = table.getvalue().encode(errors="surrogateescape")
+    evaluation.write_report(file, content, ",".join(COLUMNS))

@@ -55,14 +55,14 @@ class Job:
     def __post_init__(self):
         self.category = self.category or ",".join(self.names)
         name = f"{self.category}-{self.preset}-seed{self.seed}"
-        self.out = self.out or Path("runs") / self.root.resolve().name / name
+        self.out = self.out or Path("runs", os.path.basename(os.path.realpath(self.root)), name)
 
     def config(self) -> dict:
         """What config.json holds."""
         rendered = any((self.root / name / RENDERED_MARK).exists() for name in self.names)
-        return {"data": self.root.resolve().name, "root": str(self.root.resolve()),
-                "rendered": rendered, "category": self.category, "preset": self.preset,
-                "seed": self.seed, "commit": git_commit(), "device": self.device.type,
+        return {"data": os.path.basename(os.path.realpath(self.root)), "rendered": rendered,
+                "root": os.path.realpath(self.root), "category": self.category, "seed": self.seed,
+                "preset": self.preset, "commit": git_commit(), "device": self.device.type,
                 "torch": str(torch.__version__), **dataclasses.asdict(self.cfg)}
 
 

@@ -104,7 +104,7 @@ def ablate(name: str, args) -> dict:
         for seed, called in itertools.product(args.seeds, groups):
             job = runs.Job(usual, args.preset, root, groups[called], device, seed, called,
                            cache=args.cache)
-            job.out = args.runs / root.resolve().name / job.out.name
+            job.out = args.runs / job.out.relative_to("runs")
             if (seed, called) not in ordinary:
                 ordinary[seed, called] = train(job)
             scored = evaluation.read_run(train_row(job, ordinary[seed, called], settings))

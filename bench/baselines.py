@@ -230,7 +230,7 @@ def trained_runs(args) -> list[Path]:
     for seed in args.seeds:
         for called, names in groups.items():
             job = runs.Job(cfg, args.preset, root, names, device, seed, called, cache=args.cache)
-            job.out = args.runs / root.resolve().name / job.out.name
+            job.out = args.runs / job.out.relative_to("runs")
             folders.append(ablations.train(job))
     return folders
 

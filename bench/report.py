@@ -51,10 +51,6 @@ def figure(pictures: list[str], caption: str, wrong: bool = False, three: bool =
             f'{"".join(pictures)}</div><figcaption>{html.escape(caption)}</figcaption></figure>')
 
 
-def grid(figures: list[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
-
-
 def html_table(title: str, header: list, rows: list) -> str:
     lines = []
     for row in [header, *rows]:
@@ -115,10 +111,9 @@ def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], fl
 
 def card(photo: Judged, rank: int, detector: ladmim.Detector) -> str:
     small = photo.thumbnail(detector.white)
-    pictures = [picture(small, "photo")]
-    for name in ("structural", "logical"):
-        heat = overlay(small, photo.maps[name], detector.cfg.image_size)
-        pictures.append(picture(heat, f"{name} map"))
+    heat = {f"{name} map": overlay(small, photo.maps[name], detector.cfg.image_size)
+            for name in ("structural", "logical")}
+    pictures = [picture(image, words) for words, image in ({"photo": small} | heat).items()]
     verdict = "anomaly" if photo.flagged else "good"
     return figure(pictures, f"{rank}. {photo.name}: {photo.score:.2f}, {verdict}",
                   photo.flagged != bool(photo.label), three=True)
@@ -162,9 +157,9 @@ def category_section(scored: evaluation.ScoredRun, category: str) -> str:
     cards = [card(photo, rank, detector) for rank, photo in enumerate(judged, 1)]
     return (f"<p>At the threshold {threshold:.2f}, {len(alarms)} of {len(judged) - bad} good "
             f"photos are flagged, {len(missed)} of {bad} anomalies missed.</p>"
-            f"<h3>Worst mistakes</h3>{grid(mistakes)}"
-            f"<details><summary>All {len(judged)} test photos by score: photo, structural map, "
-            f"logical map; wrong verdicts framed</summary>{grid(cards)}</details>")
+            f'<h3>Worst mistakes</h3><div class="grid">{"".join(mistakes)}</div>'
+            f"<details><summary>All {len(judged)} photos by score: photo, structural, logical map; "
+            f'wrong verdicts framed</summary><div class="grid">{"".join(cards)}</div></details>')
 
 
 def page(records: list[dict], problems: list[str]) -> str:

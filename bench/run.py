@@ -286,8 +286,7 @@ def benchmark(args) -> int:
     model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     name = f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name() if device == "cuda" else name
-    results = {"device": name, "versions": versions, "commit": runs.git_commit(),
-               "preset": preset}
+    results = {"device": name, "versions": versions, "commit": runs.git_commit(), "preset": preset}
     if not args.naive:
         results |= measure_kernels(device, seconds, args.quick)
     cfg = ladmim.Config(**ladmim.PRESETS[preset] | settings)

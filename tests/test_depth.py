@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from conftest import TRAIN, command, checkpoint
-from test_images import png16
+from test_images import png16, png16_of
 
 import data
 
@@ -125,3 +125,12 @@ def test_a_run_of_8_bits_warns_of_a_photo_that_it_reads_as_dark(trained, tmp_pat
     lines = [line for line in asked.stderr.splitlines() if line.startswith("warning")]
     assert asked.returncode == 0 and len(lines) == warned
     assert not warned or (f"values up to {top}" in lines[0] and "save it with 8 bits" in lines[0])
+
+
+@pytest.mark.parametrize("planes", [2, 4])
+def test_alpha_says_nothing_of_the_depth(tmp_path, planes):
+    values = np.full((24, 24, planes), 65535, np.uint16)
+    values[..., :-1] = np.linspace(0, 4095, 24 * 24).reshape(24, 24, 1)
+    (tmp_path / "x.png").write_bytes(png16_of(values))
+    assert data.deeper([tmp_path / "x.png"]) == {tmp_path / "x.png": 4095}
+    assert data.load_image(tmp_path / "x.png", 24, 4095).max() >= 239

@@ -135,9 +135,14 @@ def test_modes_that_need_no_file(mode):
 
 
 def png16(planes):
-    """A 16-bit PNG of `planes` bands (Pillow writes none), filter 0."""
     rng = np.random.default_rng(planes)
     deep = rng.integers(0, 65536, (24, 24, planes), dtype=np.uint16)
+    return deep / 257.0, png16_of(deep)
+
+
+def png16_of(deep):
+    """(24, 24, planes) -> a 16-bit PNG of 2 to 4 bands (Pillow writes none), filter 0."""
+    planes = deep.shape[2]
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
 
     def chunk(kind, body):
@@ -146,7 +151,7 @@ def png16(planes):
 
     head = (24).to_bytes(4, "big") * 2 + bytes([16, {2: 4, 3: 2, 4: 6}[planes], 0, 0, 0])
     chunks = (chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
-    return deep / 257.0, b"\x89PNG\r\n\x1a\n" + chunks
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 @pytest.mark.parametrize("planes", [2, 3, 4])
@@ -391,3 +396,57 @@ def test_flat_names_are_unique_and_hold_no_folder(parts):
     names = data.flat_names(paths)
     assert len(names) == len(paths) and len({name.lower() for name in names}) == len(names)
     assert not any(os.sep in name for name in names)
+
+
+def tiff16(planar, white_is_zero=False):
+    """A 16-bit TIFF of three bands, each by itself where `planar`, or of one. -> values, content"""
+    bands = 1 if white_is_zero else 3
+    ramp = np.linspace(0, 60_000, 64 * 16).reshape(16, 64, 1) / np.arange(1, 1 + bands)
+    ramp = ramp.astype("<u2")
+    planes = [ramp[..., i] for i in range(bands)] if planar else [ramp]
+    data, size, at = b"".join(p.tobytes() for p in planes), 16 * 64 * 2, 8 + 2 + 10 * 12 + 4
+    extra = np.full(bands, 16, "<u2").tobytes()                 # bits of each
+    extra += b"".join((at + 64 + i * size).to_bytes(4, "little") for i in range(bands))
+    extra += b"".join(size.to_bytes(4, "little") for _ in range(bands))
+    many, split = bands > 1, planar and bands > 1
+    entries = [(256, 4, 1, 64), (257, 4, 1, 16), (258, 3, bands, at if many else 16),
+               (259, 3, 1, 1),
+               (262, 3, 1, 2 * many if not white_is_zero else 0),
+               (273, 4, bands if split else 1, at + 2 * bands if split else at + 64),
+               (277, 3, 1, bands), (278, 4, 1, 16),
+               (279, 4, bands if split else 1, at + 6 * bands if split else size * bands),
+               (284, 3, 1, 2 if planar else 1)]
+    head = b"II*\0" + (8).to_bytes(4, "little") + len(entries).to_bytes(2, "little")
+    for tag, kind, count, value in entries:
+        head += b"".join(part.to_bytes(n, "little")
+                         for part, n in ((tag, 2), (kind, 2), (count, 4), (value, 4)))
+    return ramp, head + bytes(4) + extra.ljust(64, b"\0") + data
+
+
+def test_16_bits_that_pillow_misreads_are_refused(tmp_path):
+    """It takes planes of 16 bits for 8, and does not turn round a white of 0."""
+    path = tmp_path / "x.tif"
+    ramp, content = tiff16(planar=False)
+    path.write_bytes(content)
+    upper = Image.fromarray((ramp // 256).astype(np.uint8))
+    upper = np.array(upper.resize((64, 64), Image.Resampling.BILINEAR), int)
+    assert np.abs(data.load_image(path, 64) - upper).max() <= 1
+    for bad in (tiff16(planar=True), tiff16(planar=False, white_is_zero=True)):
+        path.write_bytes(bad[1])
+        with pytest.raises(InputError, match="x.tif: .*save it with 8 bits"):
+            data.load_image(path, 64)
+
+
+def test_no_memory_is_no_fault_of_the_photo(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+
+    def use(image):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        data.decode(data.read(tmp_path / "x.png"), tmp_path / "x.png", use)
+
+
+def test_a_read_that_fails_after_it_was_opened_names_its_file():
+    with pytest.raises(InputError, match="^/proc/self/mem: cannot be read"):
+        data.read(Path("/proc/self/mem"))

@@ -1,6 +1,7 @@
 """What is a photo, and what a kind: hidden files, links, suffixes, heat maps, twice the same."""
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -9,6 +10,7 @@ from test_data import loco, picture, pictures, refused, visa, write_table
 
 import data
 import eval as evaluation
+import predict
 
 README = "PNG, JPEG, JPEG 2000, BMP, TIFF, WebP, AVIF, GIF or PNM"
 
@@ -150,3 +152,31 @@ def test_a_category_without_a_name_is_none(tmp_path, category):
     for given in ("photos", "photos/widgets"):
         line = one_error(command("train", "--data", given, "--category", category, cwd=tmp_path))
         assert "--category" in line or "is a category" in line
+
+
+def test_a_link_to_itself_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for words in (["--data", "loop", "--category", "bottle"],
+                  ["--data", ".", "--category", "loop"],
+                  ["--category", "pushpins", "--pdn", "loop", "--out", "run"]):
+        asked = command("train", *words, cwd=tmp_path)
+        assert asked.returncode == 2 and asked.stderr.count("\n") == 1
+        assert asked.stderr.startswith(f"error: --{'pdn loop' if '--pdn' in words else 'data'}")
+    with pytest.raises(data.InputError, match="loop"):
+        data.make_folder(Path("loop"), "--heatmap", [Path("loop/x.png")], ["x"])
+        data.read(Path("loop"))
+
+
+def test_an_empty_data_option_is_not_the_twin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root, names = data.find_data("", "pushpins")
+    assert root == Path() and not Path("data").exists()
+    with pytest.raises(data.InputError, match="holds no category folder"):
+        data.find_photos(root, *names, 0)
+
+
+def test_a_table_keeps_the_bytes_of_a_name(tmp_path):
+    name = os.fsdecode(b"\xff.png")
+    predict.write_table(tmp_path / "t.csv", [{"path": name, "verdict": "good"}])
+    assert os.fsencode(name) in (tmp_path / "t.csv").read_bytes()
