@@ -58,9 +58,8 @@ def place(tokens, image_size: int, height: int, width: int) -> np.ndarray:
 
 
 def overlay(photo: Image.Image, tokens, image_size: int) -> Image.Image:
-    """The photo with what is unlike the validation normals in red: clear from 3, full from 12.
-    One map counts in their standard deviations; the sum of two adds such counts, whose own
-    deviation is not 1."""
+    """The photo with what is unlike the validation normals in red: none below 3, strongest from 12
+    on. Each map is in standard deviations of those normals; the sum of two maps is not."""
     heat = place(tokens, image_size, photo.height, photo.width)
     glow = Image.fromarray((np.clip((heat - 3) / 9, 0, 1) * 180).astype(np.uint8))
     return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
@@ -333,7 +332,7 @@ def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixe
     weights = b"".join(weight.cpu().numpy().tobytes() for weight in pdn.state_dict().values())
     key = hashlib.blake2b(weights, digest_size=16).hexdigest() + precision.removeprefix("fp32")
     pdn = pdn.to(device, memory_format=torch.channels_last)
-    # Sorted: seeds hold out other photos for validation, and shall share one file.
+    # Sorted, so that all seeds share one file, although each holds out other photos.
     paths, shape = sorted(photo.path for photo in photos), (grid ** 2, CHANNELS + PATCH * pixels)
     digests = photo_digests(paths)
     seen, reasons = cached_features(

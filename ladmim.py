@@ -84,7 +84,7 @@ class Config:
     mim_lr: float = 1e-4
     mim_last_lr: float = 1e-6          # where the cosine ends
     mim_weight_decay: float = 1e-6
-    mim_clip: float = 1.0              # [published code]
+    mim_clip: float = 1.0              # [published code: of the gradient of a batch's sum]
     mim_score: str = "mean"
 
     mask: str = "block"                # in training
@@ -98,9 +98,9 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "authors": dict(                   # as their code has it, `published.py`
+    "authors": dict(                   # their tokenizer (`published.py`), widths and schedule
         tokenizer="published", codebook="ema", hvq_width=64, hvq_batch=8, hvq_score="norm",
-        category_codes="own", mim_epochs=1000, mim_layer_scale=1e-4),
+        category_codes="own", mim_epochs=1000, mim_layer_scale=1e-4, mim_clip=1 / 32),
     "fast": dict(                      # the same model, a shorter schedule: one GPU, minutes
         hvq_epochs=200, hvq_lr=4e-4, hvq_score="max", mim_epochs=150, mim_warmup=10, mim_lr=3e-4),
     "tiny": dict(                      # a smaller model: two CPU cores, minutes
@@ -144,7 +144,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
-        # LayerScale: each branch starts with this share of its output. 0: there is none.
+        # LayerScale: a learned factor of each branch, which starts at this. 0: there is none.
         self.scale = (nn.Parameter(torch.full((2, width), layer_scale)) if layer_scale
                       else (1.0, 1.0))
         self.ffn, self.drop = feed_forward(width), nn.Dropout(dropout)
@@ -314,8 +314,8 @@ class HVQ(nn.Module):
 
 
 def usage(used: torch.Tensor):
-    """used (L, K), how often each code was used. -> codes in use and perplexity exp(entropy) of
-    each level: two lists of L."""
+    """used (n, K), how often each code of n codebooks was used. -> codes in use and perplexity
+    exp(entropy) of each: two lists of n."""
     p = used / used.sum(1, keepdim=True).clamp(min=1)
     perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum(1))
     return (used > 0).sum(1).tolist(), [round(v, 1) for v in perplexity.tolist()]
@@ -328,7 +328,7 @@ TOKENIZERS = {"paper": HVQ, "published": PublishedHVQ}
 
 def block_masks(n: int, grid: int, count: int, least: int, generator) -> torch.Tensor:
     """BEiT's blockwise masking, n masks at once -> (n, N) bool, each with exactly `count` tokens:
-    rectangles of some `least` tokens or more with log-uniform aspect in [0.3, 1/0.3] are added at
+    rectangles of about `least` tokens or more with log-uniform aspect in [0.3, 1/0.3] are added at
     uniform positions; the last one is cut to fit."""
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, generator=generator)
@@ -442,8 +442,8 @@ def mim_error(mim: ViT, output, h0, mask, codes, pixels=None):
     summed over the levels, for each mask. With another target the masked tokens' mean error.
 
     output: mim(h0, mask); h0 (B, N, d0), mask (M, N) or (B, M, N), codes (B, L, N), pixels
-    (B, N, 48) where they are the target -> (B, M), and the error of each token (B, M, N), of a
-    histogram the mask's, 0 where it is not masked."""
+    (B, N, 48) where they are the target -> (B, M), and each token's error (B, M, N), 0 where it is
+    not masked; with histograms, each token has its mask's error."""
     if mim.target == "histogram":
         error = histogram_l1(output, codes, mask).sum(-1)
         return error, error[..., None] * mask
@@ -484,7 +484,7 @@ def train_hvq(run: Run, cfg: Config, photos: Features, n: int) -> HVQ:
             hvq.start_codebooks(photos.h0(some), rng, category)
     optimizer = adamw(hvq, cfg.hvq_lr, cfg.hvq_weight_decay)
     first = run.resume("hvq", cfg.hvq_epochs, hvq, optimizer)
-    drop = cfg.hvq_drop_at * cfg.hvq_epochs          # from this epoch on, the rate is low
+    drop = min(1, cfg.hvq_drop_at) * cfg.hvq_epochs  # from this epoch on, the rate is low
 
     with run.stoppable():
         for epoch in range(first, cfg.hvq_epochs):
@@ -717,7 +717,7 @@ def train(args) -> int:
         if "category_codes" in typed and len(jobs[0].names) == 1:
             raise InputError(f"--category-codes {cfg.category_codes}: does nothing beside one "
                              "category a run; leave it out")
-        return max([train_run(job) for job in jobs])
+        return runs.as_first(max([train_run(job) for job in jobs]))     # which writes: all wait
 
 
 # A trained run on new photos: predict.py and bench/ use it

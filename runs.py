@@ -30,8 +30,8 @@ from options import seed_list
 
 FORMAT = 4                               # of checkpoint.pt
 NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two sittings of a run
-# What only the scores depend on, and what the ViT depends on beside all settings that are named
-# mim_...: a run may take over the rest.
+# The first set changes only the scores; the second, and all mim_ settings, the ViT. --take needs
+# all others to be equal.
 SCORE_SETTINGS = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
 VIT_SETTINGS = {"mask", "train_ratio", "train_block", "target"}
 
@@ -469,7 +469,7 @@ class Run:
         late = time.monotonic() - self.saved > self.save_every
         if late or done == self.progress.total or self.stopping:
             self.save_stage(stage, done, model, optimizer)
-        if self.stopping:
+        if self.stopping and as_first(True):         # which has saved: all wait
             raise KeyboardInterrupt
 
     def save_stage(self, stage: str, epoch: int, model, optimizer):

@@ -25,7 +25,7 @@ class Score:
 def normal_statistics(values: torch.Tensor) -> torch.Tensor:
     """values (n, m) of n training normals -> mean and std of each column, (2, m). Half of a
     column's std is its own, half the average column's, so that a token that hardly varies does not
-    shout; at least 1 % of the mean, as in `eval.moments`."""
+    get huge scores; at least 1 % of the mean, as in `eval.moments`."""
     mean, std = values.mean(0), values.std(0, correction=0)
     std = ((std + std.mean()) / 2).maximum(0.01 * mean.abs()).clamp(min=1e-6)
     return torch.stack([mean, std])
