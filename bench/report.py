@@ -111,9 +111,10 @@ def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], fl
 
 def card(photo: Judged, rank: int, detector: ladmim.Detector) -> str:
     small = photo.thumbnail(detector.white)
-    heat = {f"{name} map": overlay(small, photo.maps[name], detector.cfg.image_size)
-            for name in ("structural", "logical")}
-    pictures = [picture(image, words) for words, image in ({"photo": small} | heat).items()]
+    pictures = [picture(small, "photo")]
+    for name in ("structural", "logical"):
+        heat = overlay(small, photo.maps[name], detector.cfg.image_size)
+        pictures.append(picture(heat, f"{name} map"))
     verdict = "anomaly" if photo.flagged else "good"
     return figure(pictures, f"{rank}. {photo.name}: {photo.score:.2f}, {verdict}",
                   photo.flagged != bool(photo.label), three=True)

@@ -491,3 +491,14 @@ def test_a_process_without_photos_of_a_batch_takes_part_in_the_step(monkeypatch)
     loss = SimpleNamespace()                         # nothing of it is looked at
     assert ladmim.descend(optimizer, loss, torch.arange(0), torch.arange(4), 1.0) == 0
     assert len(summed) == 1
+
+
+def test_a_late_drop_revives_no_code_after_the_last_epoch(tmp_path):
+    """Of a rate that never drops it does not matter how far beyond the end the drop is."""
+    make_photos(tmp_path / "photos")
+    ends = []
+    for at in ("1", "2"):
+        options = ["--codebook", "gradient", "--hvq-drop-at", at, "--mim-epochs", "0", "--out", at]
+        assert command(*TRAIN, *options, cwd=tmp_path).returncode == 0
+        ends.append(checkpoint(tmp_path / at)["hvq"])
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
