@@ -242,14 +242,14 @@ def find_photos(root: Path, category: str, seed: int) -> list[Photo]:
 
 
 def find_images(given: list[Path]) -> list[Path]:
-    """Files as they are given, and the images of folders and of all folders in them, by
-    name. `read` says why one of these folders cannot be read."""
+    """Files as they are given, and the images of folders and of all folders in them, by name, but
+    no ground truth. `read` says why one of these folders cannot be read."""
     images = []
     for path in given:
         with readable():
-            files = list(walk(path)) if path.is_dir() else []
-            inside = sorted(file for file in files if is_image(file) or file.is_dir())
-            inside = inside if path.is_dir() else [path]
+            files = list(walk(path)) if path.is_dir() else [path]
+            inside = sorted(file for file in files if file == path or file.is_dir()
+                            or is_image(file) and not is_mask(file, path))
         warn(passed_over(path, files, inside))
         if not inside:
             raise InputError(f"{path}: no images in this folder or below it")
@@ -257,12 +257,18 @@ def find_images(given: list[Path]) -> list[Path]:
     return images
 
 
+def is_mask(file: Path, folder: Path) -> bool:
+    """Whether it is ground truth: below the folder, in one of these with such photos beside it."""
+    beside = {"ground_truth": ["test"], "Masks": ["Images"], "label": ["img", file.name]}
+    return any((above.parent / name).exists() for above in file.parents if folder in above.parents
+               for name in beside.get(above.name, ()))
+
+
 def passed_over(folder: Path, files, taken) -> list[str]:
     """A line on how many photos among the files of a folder were not taken. Masks are none."""
     taken = set(taken)
     left = [path for path in files if path.suffix.lower() in SUFFIXES + UNREAD
-            and path not in taken and not is_drawn(path)
-            and not {"ground_truth", "label", "Masks"} & {*path.relative_to(folder).parts}]
+            and path not in taken and not is_drawn(path) and not is_mask(path, folder)]
     return [f"{folder}: photos passed over: {len(left)}, such as {min(left)}: of another format "
             "or not where this layout has photos"] if left else []
 

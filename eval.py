@@ -437,19 +437,20 @@ def add_runs(parser: argparse.ArgumentParser, output: str = "--json") -> None:
     parser.add_argument("paths", nargs="*", type=Path, metavar="RUN_OR_FOLDER",
                         help="default: every run under --runs")
     parser.add_argument("--runs", type=Path, default=RUNS, help="default: runs")
-    parser.add_argument(output, type=Path, metavar="FILE", help="default: in the folder of runs")
+    parser.add_argument(output, dest="file", type=Path, help="default: in the folder of runs")
 
 
-def chosen_runs(args) -> list[Path]:
-    """The run folders that the options of `add_runs` name; at least one."""
-    file = getattr(args, "json", None) or getattr(args, "out", None)
-    if args.paths and file and args.runs != RUNS:
-        raise InputError(f"--runs {args.runs}: does nothing beside RUN_OR_FOLDER and {file}; leave "
-                         "it out")
+def chosen_runs(args, report: str, mark: str = MADE_BY) -> list[Path]:
+    """The run folders that the options of `add_runs` name; at least one. report: the file's usual
+    name; what cannot be written is best said now."""
+    if args.paths and args.file and args.runs != RUNS:
+        raise InputError(f"--runs {args.runs}: does nothing beside RUN_OR_FOLDER and {args.file}; "
+                         "leave it out")
     folders = find_runs(args.paths or ([args.runs] if args.runs.exists() else []))
     if not folders:
         raise InputError(f"no runs under {', '.join(map(str, args.paths or [args.runs]))}: "
                          "make one with `python ladmim.py train --category breakfast_box`")
+    write_report(args.file or args.runs / report, None, mark)
     return folders
 
 
@@ -475,7 +476,7 @@ def publish(name: str, args, tables: list[tuple], records, problems: list[str], 
     keys = ("banner", "title", "header", "rows")
     report = {"made_by": "LADMIM", "problems": problems, "records": records,
               "tables": [dict(zip(keys, (banner, *table))) for table in tables]}
-    write_report(args.json or args.runs / f"{name}.json",
+    write_report(args.file or args.runs / f"{name}.json",
                  json.dumps(report, indent=1, default=asdict).encode(), MADE_BY)
     if tables and not shown:
         texts = [markdown(*table, banner) for table in tables]
@@ -497,7 +498,8 @@ def parse(argv):
 
 
 def print_tables(args) -> int:
-    folders, banner = chosen_runs(args), LEAKS if args.standardise == "test" else ""
+    folders = chosen_runs(args, "eval.json")
+    banner = LEAKS if args.standardise == "test" else ""
     records, problems = evaluate_runs(folders, args.standardise)
     short = len(folders) == 1 and records and not (args.all or banner)
     shown = f"{run_table(folders[0])}\n\n{MORE}\n" if short else ""

@@ -631,8 +631,7 @@ def learn_normal(cfg: Config, train, validation) -> dict:
 # The command `train`
 
 def train_run(job: Job) -> int:
-    """Photos, features, both trainings, scores, table. Exit code 1 where a photo could not be
-    read."""
+    """Photos, features, both trainings, scores, table. Exit code 1: a photo could not be read."""
     cfg, defaults = job.cfg, dataclasses.asdict(Config())
     runs.begun_state(job, defaults)                  # another run's folder is refused at once
     photos, n, features, fixed, bad = load_data_set(job)

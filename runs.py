@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -231,7 +232,8 @@ def joined(device: torch.device):
             raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} "
                              "GPUs; start at most as many")
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(days=1))       # the others wait for features
     out, err = sys.stdout, sys.stderr
     if dist.get_rank():
         out = err = open(os.devnull, "w")
@@ -311,8 +313,7 @@ class Progress:
 
 
 def lock(folder: Path, remedy="wait until it ends or choose another --out"):
-    """Makes the folder and holds it for this process. The system lets go when the process ends,
-    however it ends."""
+    """Makes the folder and holds it until this process ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "a")
     try:

@@ -79,8 +79,8 @@ HVQ_SCORES = {
 
 def histograms(codes: torch.Tensor, masks: torch.Tensor, count: int) -> torch.Tensor:
     """codes (B, L, N), masks (M, N) -> each mask's histogram Q^l (B, M, L, count)."""
-    share = masks / masks.sum(1, keepdim=True)
-    return torch.einsum("mn,blnk->bmlk", share, F.one_hot(codes.long(), count).to(share))
+    counts = torch.einsum("mn,blnk->bmlk", masks.float(), F.one_hot(codes.long(), count).float())
+    return counts / masks.float().sum(1)[:, None, None]    # to 256 exact in bfloat16, too
 
 
 def whitening(x: torch.Tensor, shrink=0.1) -> dict:

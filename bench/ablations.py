@@ -59,8 +59,7 @@ SHORTCUT = ('rows "over test" LEAK: standardised over the whole test set, as in 
 
 
 def train(job: runs.Job) -> Path:
-    """The folder of this run, trained unless it is there and finished. Photos that changed since
-    are scored anew."""
+    """This run's folder, trained unless it is finished. Photos that changed are scored anew."""
     for name in job.names:
         data.check_test_split(data.find_photos(job.root, name, job.seed), needed=True)
     data.tell(data.printable(str(job.out)))
@@ -154,12 +153,12 @@ def print_tables(argv) -> int:
     add("--data", help="the folder that holds the category folders")
     add("--runs", type=Path, default=Path("runs"), help="default: runs")
     add("--cache", type=Path, default=Path("cache"), help="of features (default: cache)")
-    add("--json", type=Path, help="default: ablation-NAME.json in the runs' folder")
+    add("--json", dest="file", type=Path, help="default: ablation-NAME.json in the runs' folder")
     args = parser.parse_args(argv)
     if args.together and args.name == "multi":
         raise data.InputError("--together: multi has a row for that; leave it out")
     name = f"ablation-{args.name}"
-    evaluation.write_report(args.json or args.runs / f"{name}.json", None, evaluation.MADE_BY)
+    evaluation.write_report(args.file or args.runs / f"{name}.json", None, evaluation.MADE_BY)
     rows = ablate(args.name, args)
     return evaluation.publish(name, args, tables(args.name, rows, args), rows, [],
                               SHORTCUT if args.name == "leak" else "")

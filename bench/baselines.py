@@ -79,8 +79,7 @@ def with_hvq(photos: Photos, scores) -> np.ndarray:
 
 
 def compare(folder: Path, ours: list[dict], args) -> list[dict]:
-    """LADMIM's run and the rivals on its photos: a record a system and category. ours:
-    `eval.evaluate`'s."""
+    """A run and its rivals: a record a system and category. ours: the run's of `eval.evaluate`."""
     held = runs.lock(folder / "rivals", "wait until it ends")    # a second would train the same
     photos = Photos(evaluation.read_run(folder), args.cache, args.precision)
     costs = keep(photos, "ladmim", ladmim_costs, None)
@@ -140,8 +139,7 @@ def curve_table(records: list[dict], most: int = 8) -> list[tuple]:
 
 
 def multi_table(records: list[dict]) -> list[tuple]:
-    """Table 3: each system trained on each category alone, on all at once, and the difference,
-    beside the paper's."""
+    """Table 3: trained on each category alone, on all at once, the difference, and the paper's."""
     tables, keys = [], ("data", "rendered", "preset", "commit", "columns")
     paper = json.loads(data.REPORTED.read_text(encoding="utf-8"))["table3_multi_class"]
     for members in evaluation.grouped(records, *keys).values():
@@ -219,7 +217,7 @@ def parse(argv):
 
 def trained_runs(args) -> list[Path]:
     """The runs of LADMIM that --category asks for, trained where they are missing."""
-    evaluation.write_report(args.json or args.runs / "baselines.json", None, evaluation.MADE_BY)
+    evaluation.write_report(args.file or args.runs / "baselines.json", None, evaluation.MADE_BY)
     root, categories = data.find_data(args.data, args.category)
     if args.multi and len(categories) < 2:
         raise data.InputError(f"--multi: --category {args.category} is one category; name several")
@@ -236,7 +234,8 @@ def trained_runs(args) -> list[Path]:
 
 
 def print_tables(args) -> int:
-    folders = trained_runs(args) if args.category else evaluation.chosen_runs(args)
+    folders = (trained_runs(args) if args.category
+               else evaluation.chosen_runs(args, "baselines.json"))
     found, problems = evaluation.evaluate_runs(folders)
     records = []
     for (run,), ours in evaluation.grouped(found, "run").items():

@@ -162,8 +162,7 @@ def read_regions(photo: data.Photo, defects) -> tuple:
 
 def localise(scored: evaluation.ScoredRun, record: dict) -> list[dict]:
     """eval.py's record of a category -> a record a map and kind of defect: `localisation` over the
-    test photos of this kind and the good ones. Defects with other names than LOCO's are one kind.
-    """
+    test photos of this kind and the good ones. Defects with names that LOCO lacks are one kind."""
     category, found = record["category"], []
     root, photos, maps = tested_photos(scored, category)
     defects, size = data.load_defects(root, category), scored.config["image_size"]
@@ -201,7 +200,7 @@ def print_tables(argv) -> int:
                          "trained runs, against the ground-truth masks; some seconds a run.")
     evaluation.add_runs(parser)
     args = parser.parse_args(argv)
-    records, problems = evaluation.evaluate_runs(evaluation.chosen_runs(args))
+    records, problems = evaluation.evaluate_runs(evaluation.chosen_runs(args, "localise.json"))
     found = []
     for record in records:
         try:

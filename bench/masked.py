@@ -64,8 +64,7 @@ def hides(visible, tokens: int) -> torch.Tensor:
 
 
 def token_error(guess: torch.Tensor, x: torch.Tensor, pixels: int = 1) -> torch.Tensor:
-    """(B, N, C) -> (B, N, pixels) squared error of each token or of its pixels, the channels'
-    mean."""
+    """(B, N, C) -> (B, N, pixels), the mean squared error of each token or its pixels."""
     return (guess - x).square().unflatten(2, (-1, pixels)).mean(2)
 
 

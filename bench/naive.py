@@ -47,8 +47,7 @@ def histogram_l1(logits, codes, mask):
 
 
 def vit(mim, h0, mask):
-    """h0 (B, N, d0), mask (B, N) -> logits (B, L, K). Every block computes every token, the last
-    one too."""
+    """h0 (B, N, d0), mask (B, N) -> logits (B, L, K). Every block computes every token."""
     x = torch.where(mask[..., None], mim.e, mim.embed(h0))
     x = torch.cat([mim.p.expand(len(x), 1, -1), x], 1) + mim.positions
     for block in mim.blocks:

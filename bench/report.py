@@ -190,8 +190,9 @@ def write(argv) -> int:
     parser = data.Parser(prog="bench/report.py", description="Draws runs as one HTML file.")
     evaluation.add_runs(parser, "--out")
     args = parser.parse_args(argv)
-    records, problems = evaluation.evaluate_runs(evaluation.chosen_runs(args))
-    file = args.out or args.runs / "report.html"
+    folders = evaluation.chosen_runs(args, "report.html", MARK)
+    records, problems = evaluation.evaluate_runs(folders)
+    file = args.file or args.runs / "report.html"
     evaluation.write_report(file, page(records, problems).encode(errors="replace"), MARK)
     print(file)
     data.warn(problems)

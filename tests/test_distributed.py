@@ -10,6 +10,8 @@ import torch
 from conftest import TRAIN, checkpoint, fork_commands, make_photos, score_rows
 from sklearn.metrics import roc_auc_score
 
+import runs
+
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not hasattr(os, "fork"),
                                 reason="needs fork and a torch with torch.distributed")
 N = 9                # in batches of 4 or 5: 2 + 2, 2 + 2, 1 + 0 photos or 3 + 2, 2 + 2
@@ -116,3 +118,17 @@ def test_two_processes_agree_on_what_a_finished_run_lacks(both):
     codes = fork_commands(folder, processes("again", "two", 2, options))
     assert codes == [0, 0], [file.read_text() for file in folder.glob("again*.err")]
     assert [(folder / "two" / name).read_bytes() for name in names] == before
+
+
+def test_processes_wait_while_the_first_one_reads_the_photos(monkeypatch):
+    """For longer than the 10 or 30 minutes after which PyTorch ends processes that wait."""
+    given = {}
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+                        "MASTER_PORT": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(runs.dist, "init_process_group", lambda _, **options: given.update(options))
+    monkeypatch.setattr(runs.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(runs.dist, "destroy_process_group", lambda: None)
+    with runs.joined(torch.device("cpu")):
+        pass
+    assert given["timeout"].total_seconds() >= 24 * 3600

@@ -83,7 +83,7 @@ def test_photos_that_are_passed_over_are_counted_in_one_line(tmp_path, capsys):
     assert lines() == []
     (folder / "train/good/notes.txt").write_text("no photo")
     (folder / "test/good/label").mkdir()                         # BMAD's masks
-    picture(folder / "test/good/label/0.png")
+    picture(folder / "test/good/label/000.png")
     assert lines() == []
     for name in ("train/good/deeper/1.png", "train/bent/2.JPG", "test/good/x/y/3.tif"):
         picture(folder / name)
@@ -94,6 +94,23 @@ def test_photos_that_are_passed_over_are_counted_in_one_line(tmp_path, capsys):
     data.find_images([folder / "train"])
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {folder / 'train'}: photos passed over: 2, such as")
+
+
+def test_ground_truth_is_not_judged(tmp_path, capsys):
+    """Of MVTec, VisA and BMAD; but photos in a folder of such a name are, and what is asked for."""
+    photos, masks = [tmp_path / "label/1.png", tmp_path / "a/Masks/1.png"], []
+    for name, mask in (("bottle/test/bent/1.png", "bottle/ground_truth/bent/1_mask.png"),
+                       ("candle/Data/Images/Anomaly/1.png", "candle/Data/Masks/Anomaly/1.png"),
+                       ("brain/test/Ungood/img/1.png", "brain/test/Ungood/label/1.png"),
+                       ("own/test/bent/1.png", "own/test/bent/label/1.png")):
+        photos.append(tmp_path / name)
+        masks.append(tmp_path / mask)
+    for path in photos + masks:
+        picture(path)
+    assert set(data.find_images([tmp_path])) == set(photos)
+    folders = [mask.parent for mask in masks]
+    assert data.find_images(folders) == masks and data.find_images(masks) == masks
+    assert capsys.readouterr().err == ""
 
 
 def test_the_same_photo_as_good_and_as_a_defect_is_named(tmp_path):

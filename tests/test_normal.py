@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import scores
+from runs import in_precision
 
 
 def test_whitening_against_float64():
@@ -48,11 +49,14 @@ def test_a_scratch_counts_more_where_good_photos_hardly_vary():
     assert (calm > scores.deviations(restless, normal)[0]).all()
 
 
-def test_histograms_are_the_shares_of_each_code():
+@pytest.mark.parametrize("tokens, precision", [(16, "fp32"), (16, "bf16"), (576, "bf16")])
+def test_histograms_are_the_shares_of_each_code(tokens, precision):
+    """In bfloat16, too: a mask of 40 % of 24 x 24 tokens hides 230."""
     rng = torch.Generator().manual_seed(0)
-    codes = torch.randint(7, (3, 2, 16), generator=rng)
-    masks = torch.rand(5, 16, generator=rng) < 0.4
-    found = scores.histograms(codes, masks, 7)
+    codes = torch.randint(7, (3, 2, tokens), generator=rng)
+    masks = torch.rand(5, tokens, generator=rng) < 0.4
+    with in_precision(precision, torch.device("cpu")):
+        found = scores.histograms(codes, masks, 7)
     for photo in range(3):
         for mask in range(5):
             for level in range(2):

@@ -13,7 +13,7 @@ from test_eval import make_run
 
 import eval as evaluation
 import ladmim
-from bench import report
+from bench import baselines, localise, report
 from twin.render import COUNTS, render
 
 SETTINGS = dict(grid=6, codes=8, code_dim=8, hvq_width=32, hvq_heads=2, mim_width=32, mim_heads=2,
@@ -139,6 +139,17 @@ def test_a_report_is_never_written_over_another_file(small, capsys):
         assert report.main(["lone", "--out", "lone/x.html"]) == 1    # its photos are not there
         assert "photos are no longer" in capsys.readouterr().err
         assert "No pictures" in (small / "lone/x.html").read_text()
+
+
+@pytest.mark.parametrize("tool, option", [(report, "--out"), (localise, "--json"),
+                                          (baselines, "--json"), (evaluation, "--json")])
+def test_a_file_that_is_not_ours_is_named_before_the_work(small, monkeypatch, capsys, tool, option):
+    (small / "mine.txt").write_text("mine")
+    make_run(small / "lone" / "run")
+    monkeypatch.setattr(evaluation, "evaluate_runs", lambda *_: pytest.fail("it began the work"))
+    assert tool.main(["lone", option, "mine.txt"]) == 2
+    assert "mine.txt exists and was not written by" in capsys.readouterr().err
+    assert (small / "mine.txt").read_text() == "mine"
 
 
 def test_a_broken_run_costs_one_line(small, capsys):

@@ -30,8 +30,7 @@ class Scene:
 
 def turned(points, angle, centre=(0, 0), squeeze=1):
     """(..., 2) points about the origin, turned by `angle` degrees and moved to `centre`. Our photos
-    are square. Where LOCO's is wider than high, `squeeze`, its height / width, shrinks x lengths.
-    """
+    are square: where LOCO's is wide, `squeeze`, its height / width, shrinks x lengths."""
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     return np.asarray(points) @ np.array([[c, s], [-s, c]]) * (squeeze, 1) + centre
 

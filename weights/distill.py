@@ -226,8 +226,7 @@ def write_weights(out: Path, student: nn.Module):
 
 
 def distill(args, save_every=60.0) -> int:
-    """Trains a PDN to predict teachers' features where it looks. Exit code 1 where a photo could
-    not be read."""
+    """Trains a PDN to predict teachers' features. Exit code 1: a photo could not be read."""
     check(args)
     device = runs.pick_device(args.device)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")

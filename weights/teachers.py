@@ -73,8 +73,7 @@ def load_lite0(device: torch.device):
 
 
 def at_student(block: torch.Tensor, stride: float, centre: float, side: int) -> torch.Tensor:
-    """A teacher's map (B, c, m, m) read, bilinearly, where the student looks -> (B, c, side,
-    side)."""
+    """A teacher's map (B, c, m, m), read bilinearly where the student looks: (B, c, side, side)."""
     m = block.shape[-1]
     looks = STRIDE * torch.arange(side, device=block.device) + FIELD / 2
     where = ((looks - centre) / stride).clamp(0, m - 1)
@@ -155,8 +154,7 @@ class Corpus:
             self.bad.add(str(error))
 
     def draw(self, size: int, generator) -> np.ndarray:
-        """A random square of a random photo, which is scaled to a short side of 1 to 1.6 times
-        `size`."""
+        """A random square of a random photo whose short side is scaled to 1 to 1.6 times `size`."""
         for _ in range(100):
             number = int(torch.randint(len(self.learn), (), generator=generator))
             scale, left, top, mirror = torch.rand(4, generator=generator).tolist()
