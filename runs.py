@@ -127,7 +127,7 @@ def pick_device(name: str | None) -> torch.device:
                          "the option out for the CPU")
     device = torch.device("cuda" if found else "cpu")
     try:
-        use_triton(torch.empty(0, device=device))
+        use_triton(device)
     except RuntimeError as error:                    # of LADMIM_KERNELS
         raise InputError(str(error)) from None
     return device

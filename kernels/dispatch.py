@@ -19,15 +19,15 @@ def jit(function):
     return function if triton is None else triton.jit(function)
 
 
-def use_triton(tensor: torch.Tensor) -> bool:
-    """Does `tensor` go to the Triton kernels? RuntimeError if they are forced and cannot run."""
+def use_triton(device: torch.device) -> bool:
+    """Do its tensors go to the Triton kernels? RuntimeError if they are forced and cannot run."""
     choice = os.environ.get("LADMIM_KERNELS", "")
     if choice not in ("", "torch", "triton"):
         raise RuntimeError(f"LADMIM_KERNELS={choice}: must be torch or triton, or unset to choose "
                            "by device")
-    if choice == "torch" or not choice and tensor.device.type == "cpu":
+    if choice == "torch" or not choice and device.type == "cpu":
         return False
-    reason = _why_not(tensor.device)
+    reason = _why_not(device)
     if reason and choice == "triton":
         raise RuntimeError(f"LADMIM_KERNELS=triton: {reason}; unset it to choose by device")
     return not reason

@@ -42,7 +42,7 @@ def histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor) 
     if not logits.is_floating_point() or codes.is_floating_point() or mask.dtype != torch.bool:
         raise TypeError("histogram_l1 needs floating-point logits, integer codes and a bool mask, "
                         f"got {logits.dtype}, {codes.dtype}, {mask.dtype}")
-    if logits.device.type == "cpu" and not (use_triton(logits) or is_compiling()):
+    if logits.device.type == "cpu" and not (use_triton(logits.device) or is_compiling()):
         # An operator's dispatch would take longer than the rows of a step.
         keep = torch.is_grad_enabled()  # inside vmap and jvp requires_grad tells nothing
         difference = _P_and_difference(logits, codes, mask, keep)[1]
@@ -68,7 +68,7 @@ def histogram_l1_reference(logits, codes, mask) -> torch.Tensor:
 @torch.library.custom_op("ladmim::histogram_l1", mutates_args=())
 def _histogram_l1(logits: torch.Tensor, codes: torch.Tensor, mask: torch.Tensor,
                   differentiate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if use_triton(logits) and logits.dtype != torch.float64:
+    if use_triton(logits.device) and logits.dtype != torch.float64:
         logits, codes, mask = logits.contiguous(), codes.contiguous(), mask.contiguous()
         return _triton_path(logits, codes, mask, differentiate)
     return _torch_path(logits, codes, mask, differentiate)

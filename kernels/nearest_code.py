@@ -41,7 +41,7 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor, distance: bool = True)
     for tensor in (x, codebook):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"nearest_code needs float32, bfloat16 or float16, got {tensor.dtype}")
-    if x.device.type == "cpu" and not (use_triton(x) or torch.compiler.is_compiling()):
+    if x.device.type == "cpu" and not (use_triton(x.device) or torch.compiler.is_compiling()):
         return _on_torch(x.detach(), codebook.detach(), distance)  # dispatch would cost as much
     return _nearest_code(x.detach(), codebook.detach())
 
@@ -60,7 +60,7 @@ def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None
 
 @torch.library.custom_op("ladmim::nearest_code", mutates_args=())
 def _nearest_code(x: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if use_triton(x):
+    if use_triton(x.device):
         return _triton_path(x.contiguous(), codebook.contiguous())
     return _on_torch(x, codebook)
 
