@@ -258,7 +258,7 @@ def find_images(given: list[Path]) -> list[Path]:
 
 
 def is_mask(file: Path, folder: Path) -> bool:
-    """Whether it is ground truth: below the folder, in one of these with such photos beside it."""
+    """Whether it is ground truth: below the folder, in a folder of masks that has photos beside."""
     beside = {"ground_truth": ["test"], "Masks": ["Images"], "label": ["img", file.name]}
     return any((above.parent / name).exists() for above in file.parents if folder in above.parents
                for name in beside.get(above.name, ()))

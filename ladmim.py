@@ -101,7 +101,7 @@ PRESETS = {
     "authors": dict(                   # their tokenizer (`published.py`), widths and schedule
         tokenizer="published", codebook="ema", hvq_width=64, hvq_batch=8, hvq_score="norm",
         category_codes="own", mim_epochs=1000, mim_layer_scale=1e-4, mim_clip=1 / 32),
-    "fast": dict(                      # the same model, a shorter schedule: one GPU, minutes
+    "fast": dict(                      # the same model, a shorter schedule: for one GPU
         hvq_epochs=200, hvq_lr=4e-4, hvq_score="max", mim_epochs=150, mim_warmup=10, mim_lr=3e-4),
     "tiny": dict(                      # a smaller model: two CPU cores, minutes
         grid=12, codes=32, code_dim=32, codebook="ema", hvq_width=128, hvq_heads=4, hvq_dropout=0.0,

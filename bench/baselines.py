@@ -79,7 +79,7 @@ def with_hvq(photos: Photos, scores) -> np.ndarray:
 
 
 def compare(folder: Path, ours: list[dict], args) -> list[dict]:
-    """A run and its rivals: a record a system and category. ours: the run's of `eval.evaluate`."""
+    """LADMIM and rivals: a record a system and category. ours: the run's, of `eval.evaluate`."""
     held = runs.lock(folder / "rivals", "wait until it ends")    # a second would train the same
     photos = Photos(evaluation.read_run(folder), args.cache, args.precision)
     costs = keep(photos, "ladmim", ladmim_costs, None)

@@ -64,7 +64,7 @@ def hides(visible, tokens: int) -> torch.Tensor:
 
 
 def token_error(guess: torch.Tensor, x: torch.Tensor, pixels: int = 1) -> torch.Tensor:
-    """(B, N, C) -> (B, N, pixels), the mean squared error of each token or its pixels."""
+    """(B, N, C) -> (B, N, pixels), each token's or pixel's squared error, the channels' mean."""
     return (guess - x).square().unflatten(2, (-1, pixels)).mean(2)
 
 

@@ -20,7 +20,7 @@ def jit(function):
 
 
 def use_triton(device: torch.device) -> bool:
-    """Do its tensors go to the Triton kernels? RuntimeError if they are forced and cannot run."""
+    """Do the Triton kernels run on `device`? RuntimeError if they are forced and cannot."""
     choice = os.environ.get("LADMIM_KERNELS", "")
     if choice not in ("", "torch", "triton"):
         raise RuntimeError(f"LADMIM_KERNELS={choice}: must be torch or triton, or unset to choose "
