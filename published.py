@@ -29,8 +29,7 @@ FFN = 1024                             # width of each feed-forward's middle
 
 
 class Layer(nn.Module):
-    """Transformer layer whose norms stand behind the branches. With two attentions the second one
-    looks at z."""
+    """Transformer layer, each norm behind its branch. Of two attentions the second looks at z."""
 
     def __init__(self, width: int, heads: int, dropout: float, attentions: int):
         super().__init__()
@@ -43,9 +42,10 @@ class Layer(nn.Module):
 
     def forward(self, x, positions, z=None):
         """x and z (B, N, width), positions (N, width) -> (B, N, width)."""
-        for attention, norm, seen in zip(self.attentions, self.norms, (None, z)):
-            seen = x if seen is None else seen
-            y, _ = attention(x + positions, seen + positions, seen, need_weights=False)
+        for attention, norm, seen in zip(self.attentions, self.norms, (x, z)):
+            qkv = (x + positions).float(), (seen + positions).float(), seen.float()
+            with torch.autocast("cpu", enabled=False):       # in bfloat16 slow there, see `ladmim`
+                y, _ = attention(*qkv, need_weights=False)
             x = norm(x + self.drop(y))
         return self.norms[-1](x + self.drop(self.ffn(x)))
 

@@ -34,6 +34,18 @@ def test_a_layer_without_positions_is_torchs(attentions, reference):
     torch.testing.assert_close(layer(x, torch.zeros(9, 16), z), theirs(*seen), atol=1e-5, rtol=1e-5)
 
 
+def test_bfloat16_multiplies_in_fewer_bits_and_attends_in_all():
+    torch.manual_seed(0)
+    layer, positions = Layer(16, 4, 0.0, 2), torch.randn(9, 16)
+    x, z = torch.randn(2, 9, 16), torch.randn(2, 9, 16)
+    seen = []
+    layer.attentions[0].register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = layer(x.bfloat16(), positions, z.bfloat16())
+    torch.testing.assert_close(rough.float(), layer(x, positions, z), atol=0.1, rtol=0)
+    assert seen[0] == torch.float32                                  # see `ladmim.Attention`
+
+
 def test_positions_reach_queries_and_keys_but_not_values():
     """Of one token only its value is left, and that has no position."""
     layer, x = Layer(16, 4, 0.0, 1), torch.randn(2, 1, 16)
