@@ -58,8 +58,8 @@ def place(tokens, image_size: int, height: int, width: int) -> np.ndarray:
 
 
 def overlay(photo: Image.Image, tokens, image_size: int) -> Image.Image:
-    """The photo with what is unlike the validation normals in red: none below 3, strongest from 12
-    on. Each map is in standard deviations of those normals; the sum of two maps is not."""
+    """The photo with unusual places in red: none below 3, full red from 12 on. Each map is in
+    standard deviations of the validation normals; the sum of two maps is not."""
     heat = place(tokens, image_size, photo.height, photo.width)
     glow = Image.fromarray((np.clip((heat - 3) / 9, 0, 1) * 180).astype(np.uint8))
     return Image.composite(Image.new("RGB", photo.size, (255, 30, 0)), photo, glow)
@@ -71,11 +71,10 @@ def save_heatmap(file: Path, path: Path, tokens: np.ndarray, image_size: int, ve
     verdict below."""
     photo, grid = data.open_image(path, white), math.isqrt(tokens.size)
     photo.thumbnail((1024, 1024))
-    hot = overlay(photo, tokens.reshape(grid, grid), image_size)
     text = max(16, photo.height // 16)               # pixels
     sheet = Image.new("RGB", (2 * photo.width + 8, photo.height + 2 * text), "white")
     sheet.paste(photo, (0, 0))
-    sheet.paste(hot, (photo.width + 8, 0))
+    sheet.paste(overlay(photo, tokens.reshape(grid, grid), image_size), (photo.width + 8, 0))
     font = ImageFont.load_default(text * 3 // 4)
     ImageDraw.Draw(sheet).text((text // 2, photo.height + text // 2), verdict, "black", font)
     mark, content = PngImagePlugin.PngInfo(), io.BytesIO()
@@ -147,8 +146,8 @@ def imagenet(x: torch.Tensor) -> torch.Tensor:
 def extract(pdn: nn.Module, images: torch.Tensor, grid: int) -> torch.Tensor:
     """images (B, H, W, 3) uint8 -> h0 before standardisation (B, N, d0) float32, N = grid ** 2."""
     x, last = imagenet(images.permute(0, 3, 1, 2).float().div_(255)), pdn[-1]
-    x = pdn[:-1](x.contiguous(memory_format=torch.channels_last))    # (B, 256, 51, 51)
-    # The last layer is linear: averaging what it reads, not what it gives, spares most of it.
+    x = pdn[:-1](x.contiguous(memory_format=torch.channels_last))    # small: (B, 256, 51, 51)
+    # The last layer is linear: averaging its input, not its output, costs less.
     size = (x.shape[-1] - last.kernel_size[0] + 1) // grid           # positions a token, one way
     x = F.conv2d(F.avg_pool2d(x, size, 1), last.weight, last.bias, size)
     return x.flatten(2).transpose(1, 2).float()
@@ -236,20 +235,17 @@ def cached_features(paths: list[Path], size: int, key: str, compute, shape: tupl
 
     compute: uint8 (16, size, size, 3) -> (16, N, d0); shape: (N, d0). The file is named by all the
     photos' bytes, the size, the shape, white and `key`, which must change with the backbone's
-    weights: so nothing stale is served. It is mapped, not kept: features may exceed the memory.
+    weights: so no outdated file is used. It is memory-mapped: features may exceed the memory.
     digests: `photo_digests`, where they are known."""
     about = repr((CACHE_FORMAT, key, size, shape, *([white] if white else []))).encode()
     about = b"".join([about, *(digests or photo_digests(paths))])
     file = cache / f"{hashlib.blake2b(about, digest_size=20).hexdigest()}.features"
     whole, reasons = (len(paths), *shape), {}
-
-    def computed():
-        return compute_features(paths, size, compute, shape, progress, white)
-
     try:
         features = load_features(file, whole)
     except (OSError, ValueError):                  # there is none, or it is damaged
-        features = fill_cache(file, whole, computed)
+        features = fill_cache(file, whole, lambda: compute_features(paths, size, compute, shape,
+                                                                    progress, white))
     for i in np.flatnonzero(np.isnan(features[:, 0, 0])):
         try:
             data.load_image(paths[i], size, white)
@@ -304,7 +300,7 @@ def fill_cache(file: Path, shape: tuple, computed) -> np.ndarray:
 
 
 def compute_features(paths, size: int, compute, shape: tuple[int, int], progress, white):
-    """Yields the features of 16 photos, and of 16 more: (16, N, d0) float16."""
+    """Yields features in batches of 16 photos: (16, N, d0) float16."""
     done = 0
     for images in data.in_batches(data.load_images(paths, size, white), 16):
         values = np.full((len(images), *shape), np.nan, np.float16)
@@ -386,9 +382,7 @@ def load_data_set(job: Job):
     mean, std = channel_statistics(seen, rows[:n])
     fixed = {"fingerprint": fingerprint, "pdn": pdn.state_dict(), "mean": mean.cpu(),
              "std": std.cpu(), "white": white}
-    numbers, names = None, sorted(job.names)
-    if cfg.category_codes == "own" and len(names) > 1:
-        numbers = torch.tensor([names.index(photo.category) for photo in left])
-    categories = 1 if numbers is None else len(names)
-    features = Features(seen, mean, std, device, rows, numbers, categories)
+    own, names = cfg.category_codes == "own" and len(job.names) > 1, sorted(job.names)
+    numbers = torch.tensor([names.index(photo.category) for photo in left]) if own else None
+    features = Features(seen, mean, std, device, rows, numbers, len(names) if own else 1)
     return left, n, features, fixed, len(photos) - len(left)

@@ -33,8 +33,8 @@ REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 
 def write_whole(path: Path, content: bytes,
                 remedy: str = "free some space and run the same command again"):
-    """Written beside, flushed, renamed: a kill or a full disk leaves the last good file. Of several
-    processes that write it at once each writes all of it."""
+    """Written beside, flushed, renamed: a kill or a full disk leaves the last good file. If several
+    processes write it at once, each writes a whole file."""
     beside = path.with_name(f".{os.urandom(8).hex()}.new")
     try:
         with open(beside, "xb") as file:

@@ -14,7 +14,9 @@ import argparse
 import csv
 import io
 import json
+import os
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -184,7 +186,7 @@ def scored_paths(folder: Path) -> set[str]:
 
 def moments(reference) -> tuple[float, float]:
     """Mean and standard deviation of reference (m,). A lone photo must not divide by 0: the std is
-    at least 1 % of the mean, and 1 where both are next to nothing."""
+    at least 1 % of the mean, and 1 where both are almost 0."""
     mean, std = float(np.mean(reference)), float(np.std(reference))
     std = max(std, 0.01 * abs(mean))
     return mean, std if std > 1e-6 else 1.0
@@ -196,7 +198,7 @@ def standardise(s, reference):
     return (s - mean) / std
 
 
-def threshold(normals, percent: int = PERCENTILE) -> float:
+def threshold(normals, percent: float = PERCENTILE) -> float:
     """The score that (100 - percent) % of further photos like the n normals will exceed. On average
     k / (n + 1) of them lie above the k-th largest, so "weibull" is the unbiased choice; NumPy's
     default would let 8 % through for n = 30. Never above the largest of the n."""
@@ -232,9 +234,8 @@ def total_scores(scored: ScoredRun, category: str, over: str = "validation"):
     if not normals.any():
         raise InputError(f"{scored.folder}: {category} has no validation normals to standardise by")
     reference = test if over == "test" else normals
-    s_hvq = standardise(scored.s_hvq, scored.s_hvq[reference])
-    s_mim = standardise(scored.s_mim, scored.s_mim[reference])
-    return s_hvq + s_mim, test, normals
+    both = sum(standardise(s, s[reference]) for s in (scored.s_hvq, scored.s_mim))
+    return both, test, normals
 
 
 def evaluate(scored: ScoredRun, category: str, over: str = "validation") -> dict:
@@ -247,6 +248,7 @@ def evaluate(scored: ScoredRun, category: str, over: str = "validation") -> dict
     both, test, normals = total_scores(scored, category, over)
     record = {key: config[key] for key in CONFIG} | {
         "run": str(scored.folder), "category": category, "commit": config["commit"] or "unknown",
+        "root": config.get("root", "?"),
         "trained on": "each alone" if config["category"] == category else config["category"],
         "settings": {key: value for key, value in config.items() if key not in NOT_SETTINGS},
         "images": {kind: int((kinds == kind).sum()) for kind in sorted(set(kinds))},
@@ -255,9 +257,8 @@ def evaluate(scored: ScoredRun, category: str, over: str = "validation") -> dict
     record["false alarms"] = {"good": float(flagged[good].mean())}
     record["missed"] = {name: float((~flagged[np.isin(kinds, members)]).mean())
                         for name, members in groups.items()}
-    for detector, s in (("hvq", scored.s_hvq), ("mim", scored.s_mim), ("both", both)):
-        record[detector] = aurocs(kinds, s[test])
-    return record
+    s = {"hvq": scored.s_hvq, "mim": scored.s_mim, "both": both}
+    return record | {detector: aurocs(kinds, s[detector][test]) for detector in DETECTORS}
 
 
 # Several runs
@@ -271,7 +272,12 @@ def grouped(records: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 def tell_apart(records: list[dict]) -> tuple[list[dict], list[str]]:
     """Keeps ablations from passing for seeds: settings that differ between runs of one preset and
-    commit join the preset's name. -> the records that repeat no run, and a line on each other."""
+    commit join the preset's name, and folders that are there join data sets of one name. -> the
+    records that repeat no run, and a line on each other."""
+    for members in grouped(records, "data", "rendered").values():
+        roots = {record["root"] for record in members if os.path.isdir(record["root"])}
+        for record in members if len(roots) > 1 else ():
+            record["data"] += f" in {os.path.dirname(record['root'])}"
     for members in grouped(records, "data", "rendered", *GROUP).values():
         keys = set().union(*(record["settings"] for record in members))
         for key in sorted(keys):
@@ -321,11 +327,10 @@ def spread(records: list[dict], part: str, name: str) -> Spread | None:
     by_category = {}                    # category -> {seed: figure}
     for record in records:
         by_category.setdefault(record["category"], {})[record["seed"]] = record[part][name]
-    first, *others = by_category.values()
-    if any(figures.keys() != first.keys() for figures in others):
-        means = [np.mean(list(figures.values())) for figures in (first, *others)]
-        return Spread(float(np.mean(means)))
-    per_seed = [np.mean([figures[seed] for figures in (first, *others)]) for seed in first]
+    each = list(by_category.values())
+    if any(figures.keys() != each[0].keys() for figures in each):
+        return Spread(float(np.mean([np.mean(list(figures.values())) for figures in each])))
+    per_seed = [np.mean([figures[seed] for figures in each]) for seed in each[0]]
     std = float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None
     return Spread(float(np.mean(per_seed)), std, len(per_seed))
 
@@ -416,9 +421,8 @@ def markdown(title: str, header: list, rows: list, banner: str = "") -> str:
     lines = [list(map(cell_text, row)) for row in [header, *rows]]
     width = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * w for w in width])
-    text = [f"## {title}", ""] + ([f"**{banner}**", ""] if banner else [])
-    for line in lines:
-        text.append("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |")
+    text = [f"## {data.printable(title)}", ""] + ([f"**{banner}**", ""] if banner else [])
+    text += ["| " + " | ".join(map(str.ljust, line, width)) + " |" for line in lines]
     return "\n".join(text)
 
 
@@ -442,7 +446,7 @@ def add_runs(parser: argparse.ArgumentParser, output: str = "--json") -> None:
 
 def chosen_runs(args, report: str, mark: str = MADE_BY) -> list[Path]:
     """The run folders that the options of `add_runs` name; at least one. report: the file's usual
-    name; what cannot be written is best said now."""
+    name; whether it can be written is checked now."""
     if args.paths and args.file and args.runs != RUNS:
         raise InputError(f"--runs {args.runs}: does nothing beside RUN_OR_FOLDER and {args.file}; "
                          "leave it out")
@@ -456,13 +460,11 @@ def chosen_runs(args, report: str, mark: str = MADE_BY) -> list[Path]:
 
 def write_report(file: Path, content: bytes | None, mark: str) -> None:
     """Replaces an earlier report, known by the mark near its start, and no other file. None: only
-    looks whether it could."""
+    checks that it could."""
     with data.readable():
-        foreign = file.exists() and not file.is_file()       # of a pipe nothing may be read
-        if file.is_file():
-            with open(file, "rb") as held:
-                foreign = mark.encode() not in held.read(200)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        foreign = file.exists() and not data.is_drawn(file, mark)        # nor a folder or a pipe
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=file.parent).close()          # `write_whole` writes there, too
     if foreign:
         raise InputError(f"{file} exists and was not written by this command: name another file")
     if content is not None:
@@ -486,18 +488,15 @@ def publish(name: str, args, tables: list[tuple], records, problems: list[str], 
     return 1 if problems else 0
 
 
-def parse(argv):
+def print_tables(argv) -> int:
     parser = data.Parser(prog="eval.py", description="AUROC of trained runs beside the paper's. "
                          "More on the same runs: bench/localise.py, baselines.py and report.py.")
     add_runs(parser)
-    parser.add_argument("--all", action="store_true", help="of a lone run, too, errors at the "
+    parser.add_argument("--all", action="store_true", help="also of a single run: errors at the "
                         "threshold, the paper's figures and our protocol")
     parser.add_argument("--standardise", choices=("validation", "test"), default="validation",
                         help="split that standardises scores; test leaks, as every table says")
-    return parser.parse_args(argv)
-
-
-def print_tables(args) -> int:
+    args = parser.parse_args(argv)
     folders = chosen_runs(args, "eval.json")
     banner = LEAKS if args.standardise == "test" else ""
     records, problems = evaluate_runs(folders, args.standardise)
@@ -507,7 +506,7 @@ def print_tables(args) -> int:
 
 
 def main(argv=None) -> int:
-    return data.run_command(lambda: print_tables(parse(argv)))
+    return data.run_command(lambda: print_tables(argv))
 
 
 if __name__ == "__main__":

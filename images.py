@@ -1,4 +1,4 @@
-"""Single images: which files are some, how photos and masks are read, and how deep photos are."""
+"""Single images: which files count, how photos and masks are read, how many bits photos have."""
 from __future__ import annotations
 
 import io
@@ -18,7 +18,7 @@ from console import InputError, readable, warn
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".j2c", ".jpc",
             ".jpf", ".jpx", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm",
             ".pbm", ".pnm", ".pfm", ".avif", ".avifs")
-# Photos, too, that Pillow alone does not read: named, not passed over in silence.
+# Photos that Pillow cannot read without a plug-in: a warning counts them.
 UNREAD = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw")
 DRAWN = "LADMIM heat map"              # written into each, so that none is taken for a photo
 
@@ -26,8 +26,8 @@ DRAWN = "LADMIM heat map"              # written into each, so that none is take
 # Files
 
 def walk(folder: Path, seen: set[Path] | None = None):
-    """Yields all files below a folder, none that is hidden or in a hidden folder. A linked folder
-    is followed once. A folder that may not be read is yielded itself."""
+    """Yields all files below a folder, but none hidden or in a hidden folder. A linked folder is
+    followed once. A folder that may not be read is yielded itself."""
     seen = seen or {folder.resolve()}
     try:                                                                         # links last
         inside = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path))
@@ -49,12 +49,12 @@ def is_image(path: Path) -> bool:
             and not is_drawn(path))
 
 
-def is_drawn(path: Path) -> bool:
-    """Whether `predict` drew the file."""
+def is_drawn(path: Path, mark: str = DRAWN) -> bool:
+    """Whether `predict` drew the file, or whatever else writes such a mark near its start."""
     with suppress(OSError):            # what cannot be read is named where it is read whole
         if path.is_file():
             with open(path, "rb") as file:
-                return DRAWN.encode() in file.read(200)
+                return mark.encode() in file.read(200)
     return False
 
 
@@ -63,7 +63,7 @@ def read(path: Path) -> bytes:
         if path.is_dir():
             os.listdir(path)                     # where that is forbidden, it is the better reason
         if not path.is_file():
-            what = "is a folder, not a file" if path.is_dir() else "no such file"
+            what = "is a folder, not a file" if path.is_dir() else "no such file, or no regular one"
             raise InputError(f"{path}: {what}; check the name")
         content = path.read_bytes()
     if not content:
@@ -72,8 +72,8 @@ def read(path: Path) -> bytes:
 
 
 def decode(content: bytes, path: Path, use):
-    """use(image) of the first frame that content holds, not yet decoded; whatever Pillow makes of a
-    bad file is an InputError."""
+    """Returns use(image), image being the first frame in content, not yet decoded. Any error of
+    Pillow becomes an InputError."""
     try:
         with Image.open(io.BytesIO(content)) as image:
             return use(image)
@@ -106,7 +106,7 @@ def load_turned(image: Image.Image):
 
 
 def deep_values(image: Image.Image) -> np.ndarray:
-    """Of mode I or F -> (H, W) float32. Raises ValueError where nobody knows their scale."""
+    """Of mode I or F -> (H, W) float32. Raises ValueError where their scale is unknown."""
     values = np.asarray(image).astype(np.float32)
     if not 0 <= values.min() <= values.max() <= (255 if image.mode == "F" else 65535):  # NaN too
         raise ValueError(f"values from {values.min():g} to {values.max():g}: save it with 8 or 16 "
@@ -115,13 +115,15 @@ def deep_values(image: Image.Image) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image, white: int = 0) -> Image.Image:
-    """Any mode -> RGB, turned as EXIF says, alpha over black. white: what is white where there are
-    more than 8 bits. 0: integers are taken as 0 to 65535, floats as 0 to 1 or, where they exceed 1,
-    as 0 to 255."""
+    """Any mode -> RGB, turned as EXIF says, alpha over black. white: the value that is white in
+    photos of more than 8 bits. 0: integers are taken as 0 to 65535, floats as 0 to 1 or, where they
+    exceed 1, as 0 to 255."""
     deep = is_deep(image)
     load_turned(image)
     if image.mode.startswith(("I", "F")):
         values = deep_values(image)
+        if image.mode == "F" and white > 255:        # of integers, which says nothing of floats
+            white = 0
         top = white or (65535 if image.mode != "F" else 1 if values.max() <= 1 else 255)
         values = np.minimum(values, top) * (255 / top) + 0.5
         return Image.fromarray(values.astype(np.uint8)).convert("RGB")
@@ -186,21 +188,21 @@ def deeper(paths: list[Path], white: int = 0) -> dict[Path, int]:
 
 
 def warn_of_depth(paths: list[Path], white: int):
-    """white: of the training photos; where all have 8 bits, a deeper one is read by its format, and
-    seems dark if it does not use all of that."""
+    """white: of the training photos; where all have 8 bits, a deeper photo is scaled by its
+    format's range, and looks dark if it uses only part of that."""
     for path, own in deeper(paths, white).items():
         if white:
-            warn([f"{path}: has values up to {own}, but {white} is white in the training photos; "
+            warn([f"{path}: has values above {white}, which is white in the training photos; "
                   "what is brighter is cut off"])
         elif own < 65535 and decode(read(path), path, lambda image: image.mode) != "F":
-            warn([f"{path}: has values up to {own} in 16 bits, the training photos have 8 bits; "
-                  "65535 is taken as white, so it is dark; save it with 8 bits"])
+            warn([f"{path}: has no value above {own} in 16 bits, the training photos have 8 "
+                  "bits; 65535 is taken as white, so it is dark; save it with 8 bits"])
 
 
 # Masks
 
 def to_levels(image: Image.Image) -> np.ndarray:
-    """Any mode -> how bright each pixel is to the eye, (H, W): of colours the strongest, over
+    """Any mode -> how bright each pixel is, (H, W): the strongest colour channel, alpha over
     black. Integers beyond 8 bits and floats are as they are."""
     if not image.mode.startswith(("I", "F")):
         red, green, blue = to_rgb(image).split()
@@ -213,7 +215,7 @@ def to_levels(image: Image.Image) -> np.ndarray:
 
 
 def defect_pixels(levels: np.ndarray) -> np.ndarray:
-    """What a mask marks, bool (H, W), black being the ground. levels: `to_levels`."""
+    """What a mask marks, bool (H, W); black is background. levels: `to_levels`."""
     top, many = levels.max(), 32
     labels = levels.dtype.kind != "f" and top < many             # 1, 2, ...
     if labels or not ((levels > 0) & (levels < top)).any():
@@ -221,7 +223,7 @@ def defect_pixels(levels: np.ndarray) -> np.ndarray:
     marked = levels > top / 2
     if len(np.unique(levels)) > many:                            # two levels, soft or noisy edges
         return marked
-    # A few levels: darker ones are labels, too, but for pixels on the way from dark to bright.
+    # A few levels: darker ones are also labels, except pixels on an edge from dark to bright.
     dim, around = (levels > top / 8) & ~marked, np.pad(levels, 1, mode="edge")
     for a, b in ((around[1:-1, :-2], around[1:-1, 2:]), (around[:-2, 1:-1], around[2:, 1:-1])):
         dim &= ~((np.minimum(a, b) < levels) & (levels < np.maximum(a, b)))

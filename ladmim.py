@@ -5,7 +5,7 @@ Trained on photos of good products only, two detectors share one set of frozen f
   HVQ-Trans  rebuilds the features from discrete codes; what it cannot rebuild is broken
              (structural anomalies)
   ViT        predicts the histogram of codes in a masked region from what is around it; where the
-             histogram is another, the arrangement is wrong (logical anomalies)
+             actual histogram differs, the arrangement is wrong (logical anomalies)
 
 Read it top to bottom: settings, transformer blocks, HVQ-Trans, masks, ViT, both trainings, scores,
 the command `train`; `predict` is in predict.py. Equation numbers are the paper's. B images,
@@ -51,7 +51,7 @@ class Config:
     image_size: int = 224              # pixels a side, whatever shape a photo has
     grid: int = 24                     # tokens a side; N = grid ** 2
     pdn: str = options.SHIPPED         # file of PDN weights, or "random" as the control [ours]
-    precision: str = "fp32"            # of all products; codes are searched in fp32 [ours]
+    precision: str = "fp32"            # of most products; codes are searched in fp32 [ours]
 
     tokenizer: str = "paper"           # or "published": `published.PublishedHVQ`
     levels: int = 4                    # L
@@ -120,7 +120,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, context):
-        """x (B, n, d) asks, context (B, m, d) answers -> (B, n, d)."""
+        """Queries from x (B, n, d), keys and values from context (B, m, d) -> (B, n, d)."""
         k, v = self.kv(context).chunk(2, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), k, v))
         if q.device.type == "cpu" and torch.is_grad_enabled():
@@ -137,8 +137,8 @@ def feed_forward(width):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. Dropout acts on each residual branch: on attention weights it
-    would write all N x N of them, for every head, and make HVQ-Trans's step three times as long."""
+    """Pre-norm transformer block. Dropout acts on each residual branch. On attention weights it
+    would store all N x N of them for each head, and make HVQ-Trans's step three times as long."""
 
     def __init__(self, width, heads, dropout, layer_scale=0.0):
         super().__init__()
@@ -151,7 +151,7 @@ class Block(nn.Module):
 
     def forward(self, x, first: int | None = None):
         """x (B, N, d) -> (B, N, d). With `first` = n, keys and values come from all tokens, but
-        only the first n tokens ask and leave the block: the full output's (B, n, d)."""
+        only the first n tokens are queries: -> (B, n, d), the same as the full output's first n."""
         y = self.norm(x)
         x = x[:, :first] + self.scale[0] * self.drop(self.attention(y[:, :first], y))
         return x + self.scale[1] * self.drop(self.ffn(x))
@@ -209,11 +209,10 @@ class HVQ(nn.Module):
 
     def encode(self, h0):
         """h0 (B, N, d0) -> [h^1 .. h^L], each (B, N, d)."""
-        x, h = self.embed(h0) + self.positions, []
+        h = [self.embed(h0) + self.positions]
         for block in self.encoder:
-            x = block(x)
-            h.append(x)
-        return h
+            h.append(block(h[-1]))
+        return h[1:]
 
     def quantise(self, h, own=None):
         """Equations 3 and 4, the top level first. -> what each psi^l gives and z^l, which carries
@@ -232,8 +231,8 @@ class HVQ(nn.Module):
 
     def decode(self, z, own=None):
         """Equation 5: z -> rebuilt h0 (B, N, d0); levels are consumed from deep to shallow. Cross-
-        attention has no order of its own, so the codes get positions: otherwise a token could not
-        find its own code."""
+        attention ignores order, so the codes get positions: without them a token could not find
+        its own code."""
         x = self.query_positions + self.query(z[-1])
         for level in reversed(range(self.levels)):
             x = self.decoder[level](x, self.lift[level](z[level]) + self.query_positions)
@@ -276,37 +275,34 @@ class HVQ(nn.Module):
             self.codebooks.copy_(torch.where(seen, mean, self.codebooks))
 
     @torch.no_grad()
-    def start_codebooks(self, h0, generator, category=0, rounds=5):
-        """A category's codebooks start as k-means of the vectors that the untrained encoder sends
-        them. h0 (B, N, d0) of its photos."""
+    def start_codebooks(self, h0, generator, category=0):
+        """A category's codebooks start as k-means of the untrained encoder's vectors. h0
+        (B, N, d0) of its photos."""
         h, top, codes = self.encode(h0), self.levels - 1, self.codes
         own, span = torch.full((len(h0),), category, device=h0.device), self.span(category)
         for level in (top, *range(top)):
             psi = self.quantise(h, own)[0][level].flatten(0, 1)      # (B*N, dq)
-            pick = torch.randint(len(psi), (codes,), generator=generator).to(psi.device)
-            codebook = psi[pick].clone()
-            for _ in range(rounds):
+            codebook = psi[torch.randint(len(psi), (codes,), generator=generator).to(psi.device)]
+            for _ in range(5):
                 index, _ = nearest_code(psi, codebook)
                 count = torch.bincount(index, minlength=codes)[:, None]
                 total = torch.zeros_like(codebook).index_add_(0, index, psi)
                 codebook = torch.where(count > 0, total / count.clamp(min=1), codebook)
-            self.codebooks[level, span] = codebook
+            self.codebooks[level, span] = self.ema_sum[level, span] = codebook
             self.ema_count[level, span] = 1
-            self.ema_sum[level, span] = codebook
 
     @torch.no_grad()
     def revive(self, h0, generator, category=0):
-        """A category's codes that nobody used this epoch move to random vectors. h0
-        (B, N, d0) of its photos."""
+        """A category's codes that no token used in this epoch move to random vectors of the
+        encoder. h0 (B, N, d0) of its photos."""
         own, span = torch.full((len(h0),), category, device=h0.device), self.span(category)
         psi, _, _ = self.quantise(self.encode(h0), own)
         for level in range(self.levels):
-            flat, count = psi[level].flatten(0, 1), self.ema_count[level, span]
-            pick = torch.randint(len(flat), (len(count),), generator=generator).to(flat.device)
-            dead = self.used[level, span] == 0
+            flat, dead = psi[level].flatten(0, 1), self.used[level, span] == 0
+            pick = torch.randint(len(flat), dead.shape, generator=generator).to(flat.device)
             for codes in (self.codebooks[level, span], self.ema_sum[level, span]):
                 codes.copy_(torch.where(dead[:, None], flat[pick], codes))
-            count.copy_(torch.where(dead, torch.ones_like(count), count))
+            self.ema_count[level, span].masked_fill_(dead, 1)
 
     def span(self, category: int) -> slice:
         """Where a category's codes lie in each codebook."""
@@ -355,12 +351,9 @@ def random_masks(n: int, grid: int, count: int, least: int, generator) -> torch.
 def checkerboard_masks(n: int, grid: int, count: int, least: int, generator) -> torch.Tensor:
     """(n, N) bool: boards with squares of an eighth, a quarter and a half of the side (3, 6 and 12
     of 24 tokens) and their inverses, in random order."""
-    boards = []
-    for squares in (8, 4, 2):
-        row = torch.arange(grid) * squares // grid
-        boards.append(((row[:, None] + row) % 2 == 1).flatten())
-    boards = torch.cat([torch.stack(boards), ~torch.stack(boards)])                 # (6, N)
-    return boards[torch.randperm(n, generator=generator) % 6]
+    row = torch.arange(grid) * torch.tensor([[8], [4], [2]]) // grid                # (3, grid)
+    boards = ((row[:, :, None] + row[:, None]) % 2 == 1).flatten(1)                 # (3, N)
+    return torch.cat([boards, ~boards])[torch.randperm(n, generator=generator) % 6]
 
 
 MASKS = {"block": block_masks, "random": random_masks, "checkerboard": checkerboard_masks}
@@ -369,9 +362,8 @@ MASKS = {"block": block_masks, "random": random_masks, "checkerboard": checkerbo
 def draw_masks(cfg: Config, n: int, generator, scoring: bool) -> torch.Tensor:
     """n masks (n, N) bool as the settings ask, drawn on the CPU: every device sees the same.
     Scoring always uses blocks, as in the published code."""
-    kind, ratio, block = cfg.mask, cfg.train_ratio, cfg.train_block
-    if scoring:
-        kind, ratio, block = "block", cfg.score_ratio, cfg.score_block
+    kind, ratio, block = (("block", cfg.score_ratio, cfg.score_block) if scoring else
+                          (cfg.mask, cfg.train_ratio, cfg.train_block))
     count, least = round(ratio * cfg.grid ** 2), max(1, round(block * cfg.grid ** 2))
     return MASKS[kind](n, cfg.grid, count, least, generator)
 
@@ -413,7 +405,7 @@ class ViT(nn.Module):
         if self.target != "histogram":
             tokens = self.blocks[-1](x)[:, 1:]
             return self.head(self.norm(tokens)).float().unflatten(0, mask.shape[:2])
-        # Nothing but p' is read, so in the last block nothing else needs to ask.
+        # Nothing but p' is read, so in the last block it is the only query.
         p = self.blocks[-1](x, first=1)[:, 0]                        # (B*M, width)
         logits = self.head(self.norm(p)).float()
         return logits.view(*mask.shape[:2], self.levels, self.codes)
@@ -421,8 +413,7 @@ class ViT(nn.Module):
 
 def code_error(output, h0, codes, pixels):
     """Cross-entropy of each token's codes, summed over the levels, (B, M, N)."""
-    truth = codes.long().transpose(1, 2)[:, None]                    # (B, 1, N, L)
-    truth = truth.expand(-1, output.shape[1], -1, -1)                # (B, M, N, L)
+    truth = codes.long().mT[:, None].expand(-1, output.shape[1], -1, -1)            # (B, M, N, L)
     logits = output.unflatten(-1, (truth.shape[-1], -1)).permute(0, 4, 1, 2, 3)     # (B, K, ...)
     return F.cross_entropy(logits, truth, reduction="none").sum(-1)
 
@@ -489,8 +480,7 @@ def train_hvq(run: Run, cfg: Config, photos: Features, n: int) -> HVQ:
     with run.stoppable():
         for epoch in range(first, cfg.hvq_epochs):
             rng, total = run.begin_epoch("hvq", epoch, hvq), torch.zeros((), device=photos.device)
-            lr = cfg.hvq_lr * (cfg.hvq_drop if epoch >= drop else 1.0)
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0]["lr"] = cfg.hvq_lr * (cfg.hvq_drop if epoch >= drop else 1.0)
             for batch in torch.randperm(n, generator=rng).to(photos.device).split(cfg.hvq_batch):
                 mine = share(batch)                  # may be empty: codes are counted together
                 with in_precision(cfg.precision, photos.device):
@@ -501,9 +491,9 @@ def train_hvq(run: Run, cfg: Config, photos: Features, n: int) -> HVQ:
             if revival and 1 in used and cfg.codes > 1:      # all its histograms are the same
                 level = used.index(1) // photos.categories + 1
                 raise InputError(f"hvq training: level {level} uses one code in epoch {epoch + 1}; "
-                                 "the last good checkpoint is kept; try --codebook ema, a smaller "
-                                 "--hvq-lr or more training photos")
-            if revival and epoch < drop - 1:         # later, a new code could not settle any more
+                                 "the last good checkpoint is kept; try a smaller --hvq-lr, more "
+                                 "training photos or, if it is not set, --codebook ema")
+            if revival and epoch < drop - 1:         # later, a new code has no time to converge
                 rng = seeded(run.seed, "revive", epoch)
                 for category, index in enumerate(photos.by_category(n)):
                     some = index[torch.randperm(len(index), generator=rng)[:cfg.hvq_batch]]
@@ -533,6 +523,8 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
         for batch in torch.arange(n, device=device).split(cfg.hvq_batch):
             codes.append(hvq(photos.h0(batch), photos.own(batch))[1].to(torch.int16))
     codes = torch.cat(codes)                                         # (n, L, N)
+    if (codes < 0).any():
+        raise InputError("mim training: HVQ-Trans gives NaN; train it with a smaller --hvq-lr")
     optimizer = adamw(mim, cfg.mim_lr, cfg.mim_weight_decay)
     first = run.resume("mim", cfg.mim_epochs, mim, optimizer)
 
@@ -561,7 +553,7 @@ class Errors:
     """Where both models fail on B photos."""
     residual: torch.Tensor             # (B, N, d0) h0 minus what HVQ-Trans rebuilds
     of_masks: torch.Tensor             # (B, M) `mim_error`
-    of_tokens: torch.Tensor            # (B, N) the mean over the masks that hide it, else over all
+    of_tokens: torch.Tensor            # (B, N) mean over the masks that hide it; if none, over all
     histogram: torch.Tensor            # (B, M, L, K) predicted minus actual, for `whitened` alone
 
 
@@ -623,8 +615,7 @@ def learn_normal(cfg: Config, train, validation) -> dict:
     for score, of_train in zip(scores, train):
         normal |= score.learn(of_train) if score.learn else {}
     judged = judge(cfg, validation, normal)
-    for name, values in judged.items():
-        normal[name] = evaluation.moments(values.double().numpy())
+    normal |= {name: evaluation.moments(values.double().numpy()) for name, values in judged.items()}
     return normal | {"threshold": evaluation.threshold(standardise(normal, judged)["score"])}
 
 
@@ -635,7 +626,7 @@ def train_run(job: Job) -> int:
     cfg, defaults = job.cfg, dataclasses.asdict(Config())
     runs.begun_state(job, defaults)                  # another run's folder is refused at once
     photos, n, features, fixed, bad = load_data_set(job)
-    tested = data.digests(photos[n:], job.root)      # now: while it trains, photos may change
+    tested = data.digests(photos[n:], job.root)      # now: photos may change in training
     run = Run(job, defaults)                         # no folder before the photos can be read
     run.hold(**fixed)
     if job.take and not run.state["stage"]:
@@ -667,9 +658,8 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
         mine = [i for i, photo in enumerate(photos) if photo.category == name]
         train, validation = ([i for i in mine if photos[i].split == split]
                              for split in ("train", "validation"))
-        normal = learn_normal(cfg, [part[train] for part in kept],
-                              [part[validation] for part in kept])
-        run.state["calibration"][name] = normal
+        normal = run.state["calibration"][name] = learn_normal(
+            cfg, [part[train] for part in kept], [part[validation] for part in kept])
         tested = [i for i in mine if photos[i].split != "train"]
         judged = judge(cfg, [part[tested] for part in kept], normal)
         judged = {name: values.double() for name, values in judged.items()}
@@ -708,7 +698,7 @@ def train(args) -> int:
     cfg = Config(**PRESETS[preset] | typed)
     options.check_settings(cfg, OPTIONS, positions(cfg.image_size))
     options.check_typed(typed, cfg)
-    load_pdn(cfg.pdn, args.seeds[0])                 # a wrong file is best named before all else
+    load_pdn(cfg.pdn, args.seeds[0])                 # a wrong file is reported first
     with runs.joined(device):
         with runs.first_process_first():
             root, names = data.find_data(args.data, args.category)
@@ -716,7 +706,7 @@ def train(args) -> int:
         if "category_codes" in typed and len(jobs[0].names) == 1:
             raise InputError(f"--category-codes {cfg.category_codes}: does nothing beside one "
                              "category a run; leave it out")
-        return runs.as_first(max([train_run(job) for job in jobs]))     # which writes: all wait
+        return runs.as_first(max([train_run(job) for job in jobs]))     # all wait for the first
 
 
 # A trained run on new photos: predict.py and bench/ use it
@@ -733,7 +723,7 @@ class Detector:
     masks: torch.Tensor
     normal: dict                       # `learn_normal` of the category
     category: str
-    white: int                         # of photos of more than 8 bits, as in training
+    white: int                         # level of photos with more than 8 bits, as in training
     number: int = 0                    # of the category among those with codebooks of their own
 
     def look(self, images: np.ndarray):
@@ -767,8 +757,7 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
     if category not in known and (category or len(known) > 1):
         raise InputError(f"--category {category or '(not given)'}: this run knows "
                          f"{', '.join(known)}; name one")
-    cfg = Config(**{field.name: state["config"][field.name] for field in dataclasses.fields(Config)
-                    if field.name in state["config"]})
+    cfg = Config(**{key: value for key, value in state["config"].items() if hasattr(Config, key)})
     pdn, _ = pdn_from_state(state["pdn"], str(folder))
     category, d0 = category or known[0], len(state["mean"])
     categories = len(known) if cfg.category_codes == "own" else 1

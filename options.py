@@ -41,7 +41,7 @@ def chosen_settings(args, config_class) -> dict:
     if typed["pdn"] not in (None, "random"):
         path = Path(os.path.realpath(typed["pdn"]))
         below = os.path.relpath(path)
-        outside = below.startswith("..") or below == SHIPPED     # not this repository's own
+        outside = below.startswith("..") or below in (SHIPPED, "random")     # another one
         typed["pdn"] = SHIPPED if path == ROOT / SHIPPED else str(path) if outside else below
     return {name: value for name, value in typed.items() if value is not None}
 
@@ -57,9 +57,15 @@ def check_typed(typed: dict, cfg):
         idle["train_block"] = f"--mask {cfg.mask}"   # scoring always uses blocks
     if cfg.mask == "checkerboard":
         idle["train_ratio"] = "--mask checkerboard"
+    if cfg.tokenizer == "published" and not cfg.hvq_epochs:
+        idle["hvq_dropout"] = "--hvq-epochs 0"       # in ladmim.HVQ it acts where codebooks start
+    if cfg.hvq_drop_at >= 1:
+        idle["hvq_drop"] = f"--hvq-drop-at {cfg.hvq_drop_at:g}"
+    if cfg.mim_warmup >= cfg.mim_epochs:
+        idle["mim_last_lr"] = f"--mim-warmup {cfg.mim_warmup} and --mim-epochs {cfg.mim_epochs}"
     for model, names in (
             ("hvq", "hvq_lr hvq_weight_decay hvq_clip hvq_drop hvq_drop_at commitment codebook "
-                    "ema_decay"),                    # hvq_dropout acts where codebooks start
+                    "ema_decay"),
             ("mim", "mim_lr mim_last_lr mim_weight_decay mim_clip mim_warmup mim_dropout mim_batch "
                     "mask train_ratio train_block")):
         if not getattr(cfg, f"{model}_epochs"):
@@ -102,4 +108,4 @@ def check_settings(cfg, options: dict, side: int):
     check("mim_score", cfg.mim_score != "whitened" or cfg.target == "histogram",
           f"--target {cfg.target} has no histograms to measure; add --mim-score mean or deviations")
     check("mim_score", cfg.mim_score != "whitened" or cfg.levels * cfg.codes <= 512,
-          "needs --levels times --codes at most 512 (a matrix a mask); choose mean or fewer")
+          "needs --levels times --codes at most 512 (a matrix a mask); choose fewer, or mean")

@@ -1,5 +1,5 @@
 """The command `predict`: a trained run's verdicts on photos, as lines, JSON, CSV and heat maps.
-What is neither line nor JSON goes to standard error."""
+Only lines and JSON go to standard output; all else goes to standard error."""
 from __future__ import annotations
 
 import csv
@@ -45,7 +45,7 @@ def worth(count: int, alarms: float) -> tuple[bool, str]:
     if count >= needed:
         return True, f"{100 * alarms:g} % of further good photos are expected above it"
     return False, (f"the largest of {count} validation photos, so one good photo in {count + 1} is "
-                   f"expected above it; {100 * alarms:.3g} % takes {needed} validation photos")
+                   f"expected above it; {100 * alarms:.3g} % needs {needed} validation photos")
 
 
 def pick_threshold(detector, args) -> tuple[float, str]:
@@ -53,9 +53,10 @@ def pick_threshold(detector, args) -> tuple[float, str]:
     asked, threshold = args.false_alarms, args.threshold
     if threshold is not None and not math.isfinite(threshold):
         raise InputError(f"--threshold {threshold}: must be a finite number")
-    if asked is not None and not 1e-6 <= asked < 1:
-        raise InputError(f"--false-alarms {asked}: must be at least 1e-6 and below 1, as 0.01")
-    if threshold is not None or not (asked or (args.run / "scores.csv").exists()):
+    if asked is not None and not 1e-6 <= asked < 0.5:
+        raise InputError(f"--false-alarms {asked}: must be at least 1e-6 and below 0.5, as 0.01")
+    whole = all((args.run / name).exists() for name in ("config.json", "scores.csv"))
+    if threshold is not None or not (asked or whole):
         own = detector.normal["threshold"], "the run's own"
         return own if threshold is None else (threshold, "as given")
     total, _, normals = evaluation.total_scores(evaluation.read_run(args.run), detector.category)
@@ -83,39 +84,42 @@ def next_step(folder: Path) -> str:
 # The verdicts
 
 def predict(detector, args) -> int:
-    """Exit code 1 where a photo could not be read."""
+    """Exit code 1 where a photo could not be read or drawn."""
     paths, records = data.find_images(args.images), []
     names, size, white = data.flat_names(paths), detector.cfg.image_size, detector.white
     threshold, meaning = pick_threshold(detector, args)
     if args.heatmap:
         data.make_folder(args.heatmap, "--heatmap", paths, names)
     if args.csv:
-        write_table(args.csv, records)               # what cannot be written is best said now
+        evaluation.write_report(args.csv, None, ",".join(COLUMNS))       # an earlier table stays
     photos = zip(paths, names, data.load_images(paths, size, white))
     try:
         for batch in data.in_batches(photos, 8):
             data.warn_of_depth([path for path, *_ in batch], white)
             for name, heat, record in judged(detector, batch, threshold):
                 records.append(record)
+                if args.heatmap and heat is not None:
+                    words = "{verdict}: score {score:.1f}, threshold {threshold:.1f}"
+                    try:
+                        save_heatmap(args.heatmap / f"{name}.png", Path(record["path"]), heat, size,
+                                     words.format(**record), white)
+                    except InputError as error:      # the photo is gone, or the disk is full
+                        record["error"] = str(error)
                 if "error" in record:
                     data.tell(f"error: {record['error']}")
                 if args.json:
                     print(json.dumps(record))
-                elif "error" not in record:
+                elif heat is not None:
                     print(LINE.format(**record) + data.printable(record["path"]))
-                if args.heatmap and heat is not None:
-                    words = "{verdict}: score {score:.1f}, threshold {threshold:.1f}"
-                    save_heatmap(args.heatmap / f"{name}.png", Path(record["path"]), heat, size,
-                                 words.format(**record), white)
     finally:                                         # Ctrl-C keeps what is done
-        if args.csv:
+        if args.csv and records:
             write_table(args.csv, records)
-    bad = sum("error" in record for record in records)
+    bad = sum(record["verdict"] == "unreadable" for record in records)
     flagged = sum(record["verdict"] == "anomaly" for record in records)
     if len(records) > 1:
         data.tell(f"{flagged} of {len(records)} photos flagged, {bad} unreadable; threshold "
                   f"{threshold:.2f}: {meaning}")
-    return 1 if bad else 0
+    return int(any("error" in record for record in records))
 
 
 def judged(detector, batch, threshold: float):

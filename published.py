@@ -29,7 +29,7 @@ FFN = 1024                             # width of each feed-forward's middle
 
 
 class Layer(nn.Module):
-    """Transformer layer, each norm behind its branch. Of two attentions the second looks at z."""
+    """Post-norm transformer layer: self-attention, and with two attentions cross-attention to z."""
 
     def __init__(self, width: int, heads: int, dropout: float, attentions: int):
         super().__init__()

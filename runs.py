@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,9 +38,9 @@ VIT_SETTINGS = {"mask", "train_ratio", "train_block", "target"}
 
 # Settings and options
 
-@dataclass
+@dataclasses.dataclass
 class Job:
-    """One run that is asked for. cfg: the settings, ladmim.Config."""
+    """One requested run. cfg: the settings, ladmim.Config."""
     cfg: object
     preset: str
     root: Path                         # the folder that holds the category folders
@@ -52,11 +51,12 @@ class Job:
     out: Path | None = None            # default: runs/DATA/CATEGORY-PRESET-seedN
     cache: Path = Path("cache")        # of features
     take: Path | None = None           # a run whose models are taken over
+    runs: Path = Path("runs")          # the folder of runs
 
     def __post_init__(self):
         self.category = self.category or ",".join(self.names)
         name = f"{self.category}-{self.preset}-seed{self.seed}"
-        self.out = self.out or Path("runs", os.path.basename(os.path.realpath(self.root)), name)
+        self.out = self.out or Path(self.runs, os.path.basename(os.path.realpath(self.root)), name)
 
     def config(self) -> dict:
         """What config.json holds."""
@@ -252,6 +252,8 @@ def load_file(path: Path, name: str):
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{name}: cannot be read ({error.strerror})") from None
+    except MemoryError:
+        raise
     except Exception:                    # torch.load raises another class for each kind of damage
         raise InputError(f"{name}: not a file of PyTorch weights, or truncated") from None
 
@@ -313,7 +315,7 @@ class Progress:
 
 
 def lock(folder: Path, remedy="wait until it ends or choose another --out"):
-    """Makes the folder and holds it until this process ends, however it ends."""
+    """Makes the folder and locks it until the returned file is closed or this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "a")
     try:
@@ -337,8 +339,8 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
             raise InputError(f"--out {job.out}: is no folder; name another one")
         if job.take:
             load_finished(job.take, "--take")
-        ours = processes()[0] > 0                    # the first process looks, for all
-        with contextlib.suppress(OSError, ValueError, AttributeError):      # stopped early on
+        ours = processes()[0] > 0                    # only the first process checks
+        with contextlib.suppress(OSError, ValueError, AttributeError):      # no checkpoint yet
             ours |= {"preset", "root", "seed"} <= json.loads(
                 (job.out / "config.json").read_bytes()).keys()
         for name in ("config.json", "metrics.jsonl", "scores.csv", "maps.npz"):
@@ -443,7 +445,7 @@ class Run:
         """-> this epoch's randomness. Dropout draws other numbers in each process."""
         generator = seeded(self.seed, stage, epoch)
         torch.manual_seed(generator.initial_seed() + processes()[0])
-        if processes()[1] > 1:           # the models are equal but for what GPUs round at random
+        if processes()[1] > 1:           # GPU rounding, revived codes under dropout
             for value in model.state_dict().values():
                 dist.broadcast(value, 0)
         model.train()
@@ -501,5 +503,7 @@ class Run:
         before = signal.signal(signal.SIGINT, interrupted)
         try:
             yield
+            if self.asked_to_stop and processes()[1] == 1:   # while the last epoch was saved
+                raise KeyboardInterrupt
         finally:
             signal.signal(signal.SIGINT, before)

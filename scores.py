@@ -59,8 +59,8 @@ def largest_16_pixels(norm: torch.Tensor, normal: dict):
 
 
 def deviations(error: torch.Tensor, statistics: torch.Tensor):
-    """The largest 3x3 mean, each in the standard deviations that it has on the training normals: an
-    edge that is never rebuilt well does not hide a scratch elsewhere."""
+    """The largest 3x3 mean, each standardised by its mean and std on the training normals: an edge
+    that is never rebuilt well does not hide a scratch elsewhere."""
     mean, std = statistics                           # (2, N)
     z = (smoothed(error) - mean) / std
     return z.amax(1), z
@@ -86,7 +86,7 @@ def histograms(codes: torch.Tensor, masks: torch.Tensor, count: int) -> torch.Te
 def whitening(x: torch.Tensor, shrink=0.1) -> dict:
     """What is normal in x (n, M, D) of the training normals, for each of the M masks: the mean
     (M, D), the matrix (M, D, D) that makes the covariance the identity, and the moments (2, M) of
-    the squared distances that result. The covariance is shrunk by a tenth towards a multiple of
+    the squared distances that result. The covariance is shrunk by `shrink` towards a multiple of
     the identity, as there may be fewer photos than D."""
     mean, matrices = x.mean(0), []
     for one in (x - mean).double().unbind(1):                        # (n, D)

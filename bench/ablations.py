@@ -1,12 +1,12 @@
 """The paper's ablations: python bench/ablations.py NAME --category a,b --seeds 0-1
 
     scoring (Table 5), combine (6), masking (7), target (8), multi (2, 3), width (Figure 3);
-    score and leak are ours: what each score, and what the published shortcuts are worth
+    score and leak are ours: the scores compared, and what the published shortcuts gain
 
 `masking --together --mim-epochs 200` is Table 7's setting: one model for all categories. Trains
 what is missing, goes on with what was stopped, and prints the table, the paper's beside it.
-HVQ-Trans, or both models, come from the category's ordinary run wherever a row leaves them alone,
-so nothing is trained twice. Rows lie under runs/ablations, ordinary runs where `train` puts them.
+A row takes from the category's ordinary run each model that its settings do not change, so nothing
+is trained twice. Rows lie under runs/ablations, ordinary runs where `train` puts them.
 """
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TARGETS = {name: {"target": name, "mim_score": "mean"}
            for name in ("pixel", "feature", "code", "histogram")}
 MASKS = {"checkerboard": {"mask": "checkerboard"}}
 for kind, share in itertools.product(("random", "block"), (0.2, 0.4, 0.6)):
-    # Whatever share of the tokens a mask hides, its least block stays the same part of it.
+    # The smallest block is always the same part (46 / 130) of the mask.
     MASKS[f"{kind}-{share}"] = {"mask": kind, "train_ratio": share,
                                 "train_block": round(share * 46 / 130, 4)}
 FORMS = {f"HVQ {hvq}, MIM {mim}": {"hvq_score": hvq, "mim_score": mim}
@@ -55,7 +55,7 @@ PAPER = {"scoring": "table5_scoring_ablation", "combine": "table6_combined_with_
          "masking": "table7_masking_multi_class_200_epochs", "target": "table8_prediction_target",
          "multi": "tables_2_and_3_ladmim_means"}
 SHORTCUT = ('rows "over test" LEAK: standardised over the whole test set, as in published code; '
-            "they show what that is worth, and are never to report")
+            "they show what the leak gains; do not report them")
 
 
 def train(job: runs.Job) -> Path:
@@ -71,8 +71,8 @@ def train(job: runs.Job) -> Path:
 
 
 def train_row(job: runs.Job, ordinary: Path, settings: dict) -> Path:
-    """-> the run with these settings and else those of job, whose run is `ordinary`: it gives what
-    the settings leave alone, or is itself the row."""
+    """-> the run with job's settings, changed by `settings`. ordinary: job's own run. Models that
+    do not change are taken from it; if nothing changes, it is returned."""
     usual = vars(job.cfg)
     settings = {name: value for name, value in settings.items() if usual[name] != value}
     if not settings:
@@ -102,8 +102,7 @@ def ablate(name: str, args) -> dict:
         groups = {whole: categories} if args.together or label.startswith("one model") else alone
         for seed, called in itertools.product(args.seeds, groups):
             job = runs.Job(usual, args.preset, root, groups[called], device, seed, called,
-                           cache=args.cache)
-            job.out = args.runs / job.out.relative_to("runs")
+                           cache=args.cache, runs=args.runs)
             if (seed, called) not in ordinary:
                 ordinary[seed, called] = train(job)
             scored = evaluation.read_run(train_row(job, ordinary[seed, called], settings))

@@ -1,9 +1,9 @@
 """What a backbone sees: python bench/backbone.py --pdn FILE... --data DIR --category NAME,...
 
-AUROC of two detectors that learn nothing: PatchCore, for texture and parts, and the Mahalanobis
+AUROC of two detectors that train no network: PatchCore, for texture and parts, and the Mahalanobis
 distance of a photo's mean token, for what is in it. With --teacher and --images also the share of
 each teacher map's variance that is a linear function of the backbone's channels, and the teachers'
-own AUROC.
+own AUROC. Exit code 1: a photo could not be read.
 """
 from __future__ import annotations
 
@@ -65,9 +65,9 @@ def teacher_tokens(teacher, name: str, photos: list, args, device, white: int) -
 
 @torch.inference_mode()
 def explained(pdns, teachers, corpus: Corpus, device) -> list[list[float]]:
-    """For each PDN and teacher map: how much of its variance, channel by channel standardised, a
-    linear readout of the PDN's channels explains. Fitted on crops of photos to learn from, measured
-    on others."""
+    """For each PDN and teacher map: the share of the map's variance, each channel standardised,
+    that a linear readout of the PDN's channels explains. Fitted on crops of photos to learn from,
+    measured on others."""
     def some(block):                                 # (1, c, P, P) -> (81, c)
         return block[0, :, ::5, ::5].flatten(1).T.cpu()
 
@@ -100,34 +100,34 @@ def measure(args) -> int:
     root, names = data.find_data(args.data, args.category)
     pdns = {name: backbone.load_pdn(name, 0)[0].to(device) for name in args.pdn}
     teachers = {name: load_teacher(name, device) for name in args.teacher}
+    corpus, bad = Corpus(args.images) if teachers else None, False
     for name in names:
-        photos, rows = data.find_photos(root, name, 0), []
+        photos, judged = data.find_photos(root, name, 0), {}
         data.check_test_split(photos, needed=True)
         trained = [photo.path for photo in photos if photo.split == "train"]
         white = max(data.deeper(trained).values(), default=0)
         for file, pdn in pdns.items():
             seen, left, at, _ = backbone.find_features(photos, pdn, SIZE, args.grid, False,
                                                        device, args.cache, white)
-            judged = judge(seen[at], left)
-            rows.append([file, *judged.values()])
+            judged[file], bad = judge(seen[at], left), bad or len(left) < len(photos)
         for file, teacher in teachers.items():
-            judged = judge(teacher_tokens(teacher, file, left, args, device, white), left)
-            rows.append([file, *judged.values()])
+            judged[file] = judge(teacher_tokens(teacher, file, left, args, device, white), left)
+        rows = [[file, *figures.values()] for file, figures in judged.items()]
         print(evaluation.markdown(f"{name}: AUROC % of PatchCore / Mahalanobis distance",
-                                  ["backbone", *judged], rows), flush=True)
+                                  ["backbone", *judged[file]], rows), flush=True)
     if teachers:
-        shares = explained(pdns.values(), teachers.values(), Corpus(args.images), device)
+        shares = explained(pdns.values(), teachers.values(), corpus, device)
         rows = [[file, *(f"{share:.3f}" for share in row)] for file, row in zip(pdns, shares)]
         header = [f"map {number}" for number in range(1, len(shares[0]) + 1)]
         print(evaluation.markdown("Explained variance of " + ", ".join(args.teacher),
                                   ["backbone", *header], rows))
-    return 0
+    return int(bad or bool(corpus and corpus.bad))
 
 
 def parse(argv):
     parser = data.Parser(prog="bench/backbone.py", description="What a backbone sees.")
     add = parser.add_argument
-    add("--pdn", nargs="+", default=["weights/pdn_small.pt"], metavar="FILE",
+    add("--pdn", nargs="+", default=[backbone.SHIPPED], metavar="FILE",
         help='files, or "random" (default: the shipped weights)')
     add("--data", help="folder of the category folders (default: as ladmim.py's)")
     add("--category", required=True, help="a folder's name, a comma list or all")

@@ -2,16 +2,17 @@
 
     python bench/baselines.py --data DIR --category a,b    trains LADMIM and the rivals, each alone
     python bench/baselines.py --category all --multi       one model of all, too (Table 3)
-    python bench/baselines.py [RUN ...]                    beside runs that there are
+    python bench/baselines.py [RUN ...]                    beside existing runs
 
 What is finished is not done again: each rival keeps its scores in RUN/rivals. Ctrl-C stops; the
-same command goes on. SSM, SCADN, ComAD, GCAD, CSAD and PSAD stay as reported: bench/RESULTS.md.
+same command goes on. Why SSM, SCADN, ComAD, GCAD, CSAD and PSAD are not here: bench/RESULTS.md.
 """
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,8 @@ def ladmim_costs(photos: Photos, steps: int | None) -> dict:
     detector, metrics = photos.ladmim, runs.load_finished(photos.scored_run.folder)["metrics"]
     seconds = sum(one.get("seconds", 0) for one in metrics if one["stage"] != "score")
     return {"scores": {}, "train": seconds, "image": milliseconds(detector, photos),
-            "megabytes": megabytes(detector.pdn, detector.hvq, detector.mim)}
+            "megabytes": megabytes(detector.pdn, detector.hvq, detector.mim,
+                                   *detector.normal.get("histograms", {}).values())}
 
 
 # Name -> what is kept of it, of (photos, the most steps of its training).
@@ -45,9 +47,8 @@ COSTS = ("train", "image", "megabytes", "steps", "settled", "curve")
 
 
 def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
-    """What the method found on these photos: in RUN/rivals, or now."""
-    file = photos.scored_run.folder / "rivals" / f"{name}.json"
-    about = photos.about
+    """The method's results on these photos, read from RUN/rivals or computed now."""
+    file, about = photos.scored_run.folder / "rivals" / f"{name}.json", photos.about
     if name.startswith(TRAINED):
         about = about | {"steps asked for": steps, "precision": photos.precision}
     if file.exists():
@@ -55,31 +56,28 @@ def keep(photos: Photos, name: str, method, steps: int | None) -> dict:
             kept = json.loads(evaluation.read_text(file))
             if kept["about"] == about and kept["scores"] is not None:
                 return kept
-        raise data.InputError(f"{file}: damaged, or about other photos, --steps or --precision, or "
-                              "of an earlier version; delete it")
+        raise data.InputError(f"{file}: damaged, of an earlier version, or made with other photos, "
+                              "--steps or --precision; type those again, or delete it")
     data.tell(data.printable(f"{photos.scored_run.folder}: {name}"))
     kept = {**method(photos, steps), "about": about}
-    data.write_whole(file, json.dumps(kept).encode(errors="surrogatepass"), "free some space")
+    data.write_whole(file, json.dumps(kept).encode(), "free some space")
     file.with_suffix(".pt").unlink(missing_ok=True)          # its training is over
     return kept
 
 
-def with_hvq(photos: Photos, scores) -> np.ndarray:
-    """Table 6: scores plus S_HVQ, both standardised by the category's validation normals."""
-    run = photos.scored_run
-    s_hvq = dict(zip(run.path, run.s_hvq))
-    parts = np.array(scores), np.array([s_hvq[photos.paths[i]] for i in photos.scored])
-    names = np.array([photos.photos[i].category for i in photos.scored])
-    validation, total = np.arange(len(names)) < len(photos.validation), np.zeros(len(names))
+def with_hvq(photos: Photos, scores) -> dict[str, dict]:
+    """Table 6: each category's AUROCs of scores plus S_HVQ, added as `eval` adds S_MIM."""
+    run, found = photos.scored_run, {}
+    of_path = dict(zip((photos.paths[i] for i in photos.scored), scores))
+    run = replace(run, s_mim=np.array([of_path[path] for path in run.path]))
     for name in photos.names:
-        mine = names == name
-        for part in parts:
-            total[mine] += evaluation.standardise(part[mine], part[mine & validation])
-    return total
+        total, test, _ = evaluation.total_scores(run, name)
+        found[name] = evaluation.aurocs(run.kind[test], total[test])
+    return found
 
 
 def compare(folder: Path, ours: list[dict], args) -> list[dict]:
-    """LADMIM and rivals: a record a system and category. ours: the run's, of `eval.evaluate`."""
+    """LADMIM and rivals: a record for each system and category. ours: LADMIM's, of `evaluate`."""
     held = runs.lock(folder / "rivals", "wait until it ends")    # a second would train the same
     photos = Photos(evaluation.read_run(folder), args.cache, args.precision)
     costs = keep(photos, "ladmim", ladmim_costs, None)
@@ -90,7 +88,7 @@ def compare(folder: Path, ours: list[dict], args) -> list[dict]:
             found.append((system, photos.aurocs(scores), kept))
             kept = {**kept, "curve": None}           # EfficientAD's is PUAD's, too: shown once
             if name in ("smae", "maeday"):
-                found.append((f"{system} + HVQ", photos.aurocs(with_hvq(photos, scores)), {}))
+                found.append((f"{system} + HVQ", with_hvq(photos, scores), {}))
     held.close()
     keys = ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP)
     return [{"system": system, "both": figures[record["category"]], "precision": args.precision,
@@ -196,7 +194,7 @@ def parse(argv):
     add("--multi", action="store_true", help="one model of all these categories, too (Table 3)")
     add("--seeds", type=runs.seed_list, help="as in 0-4 (default 0)")
     add("--preset", choices=ladmim.PRESETS, help="LADMIM's (default tiny)")
-    add("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}; all")
+    add("--methods", default=",".join(METHODS), help=f"of {', '.join(METHODS)}; default: all")
     add("--steps", type=options.count, help="at most so many steps of each training")
     add("--precision", choices=("fp32", "bf16"), help="of the rivals' trainings (default fp32)")
     add("--cache", type=Path, default=Path("cache"), help="default: cache")
@@ -224,13 +222,9 @@ def trained_runs(args) -> list[Path]:
     whole = {"all" if args.category == "all" else ",".join(categories): categories}
     groups = {one: [one] for one in categories} | (whole if args.multi else {})
     cfg, device = ladmim.Config(**ladmim.PRESETS[args.preset]), runs.pick_device(None)
-    folders = []
-    for seed in args.seeds:
-        for called, names in groups.items():
-            job = runs.Job(cfg, args.preset, root, names, device, seed, called, cache=args.cache)
-            job.out = args.runs / job.out.relative_to("runs")
-            folders.append(ablations.train(job))
-    return folders
+    return [ablations.train(runs.Job(cfg, args.preset, root, names, device, seed, called,
+                                     cache=args.cache, runs=args.runs))
+            for seed in args.seeds for called, names in groups.items()]
 
 
 def print_tables(args) -> int:

@@ -1,16 +1,17 @@
 """EfficientAD-S, Batzner et al. 2024, and PUAD, Sugawara and Imamura 2024.
 
-A student learns to say what the frozen teacher (our PDN) says of a photo, from the same 33 pixels;
-an autoencoder, too, through 64 numbers for the whole photo; and the student's other half learns to
-say what the autoencoder says. Where student and teacher differ, a part is broken; where student and
-autoencoder differ, the arrangement is wrong. PUAD adds how far the photo's mean feature is from the
-training photos'.
+The student learns to predict the features of the frozen teacher (our PDN), each from the same 33
+pixels. The autoencoder learns to predict them from 64 numbers for the whole photo. The student's
+second half learns to predict the autoencoder's output. Where student and teacher differ, a part is
+broken; where student and autoencoder differ, the arrangement is wrong. PUAD adds how far the
+photo's mean feature is from the training photos'.
 
 Cut, so that two cores suffice: the penalty on ImageNet's photos (there are none here) and the
-colour jitter of the autoencoder's input, so the teacher's features are computed once. The student
-sees two crops of 96 pixels a step, not a whole photo. The PDN pads nothing, so what a student says
-of a crop at a multiple of 4 pixels is what it says there of the photo. Steps: until the validation
-loss has settled, at most the paper's 70,000.
+colour jitter of the autoencoder's input, so the teacher's features are computed once. The
+autoencoder has one convolution and three upsamplings less, with 3x3 kernels; the optimiser is
+AdamW, not Adam. The student sees two crops of 96 pixels a step, not a whole photo. The PDN pads
+nothing, so a student's output for a crop at a multiple of 4 pixels is its output for the photo
+there. Steps: until the validation loss has settled, at most the paper's 70,000.
 """
 from __future__ import annotations
 

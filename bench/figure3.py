@@ -1,7 +1,7 @@
-"""Figure 3: what the size of a model is worth, as a PNG: python bench/figure3.py --category a,b
+"""Figure 3: AUROC against the size of a model, as a PNG: python bench/figure3.py --category a,b
 
-One model of all categories: LADMIM with wider and narrower ViTs, and EfficientAD-S with wider and
-narrower students. Trains what is missing, as bench/ablations.py and bench/baselines.py do.
+One model of all categories: LADMIM with ViTs, EfficientAD-S with students of four widths. Trains
+what is missing, as bench/ablations.py and bench/baselines.py do.
 """
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def points(args) -> tuple[dict[str, list[tuple[float, float]]], str]:
     for records in rows.values():
         detector = ladmim.load_detector(Path(records[0]["run"]), records[0]["category"],
                                         runs.pick_device(None))
-        size = rival.megabytes(detector.pdn, detector.hvq, detector.mim)
+        size = rival.megabytes(detector.pdn, detector.hvq, detector.mim,
+                               *detector.normal.get("histograms", {}).values())
         ours.append((size, mean_auroc([record["both"] for record in records])))
     ordinary = Path(rows["1 times the preset's mim_width"][0]["run"])
     lock = runs.lock(ordinary / "rivals", "wait until it ends")
@@ -59,7 +60,8 @@ def draw(curves: dict[str, list[tuple[float, float]]], title: str, about: str) -
     pen, found = ImageDraw.Draw(sheet), [point for curve in curves.values() for point in curve]
     sizes, heights = [math.log2(mb) for mb, _ in found], [y for _, y in found]
     first, last = math.floor(min(sizes)), max(math.ceil(max(sizes)), math.floor(min(sizes)) + 1)
-    low, high = 5 * math.floor(min(heights) / 5), 5 * math.ceil((max(heights) + 0.1) / 5)
+    high = min(100, 5 * math.ceil((max(heights) + 0.1) / 5))
+    low = min(5 * math.floor(min(heights) / 5), high - 5)
 
     def at(mb: float, auroc: float) -> tuple[float, float]:
         return (LEFT + (math.log2(mb) - first) / (last - first) * (SIZE[0] - LEFT - RIGHT),

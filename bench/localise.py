@@ -22,7 +22,7 @@ from data import InputError  # noqa: E402
 
 MAPS = {"structural": "structural map", "logical": "logical map", "sum": "their sum"}
 SPRO_LIMITS = (0.01, 0.05, 0.1, 0.3, 1.0)
-# In the tables, and how they are called there; all are in the JSON.
+# The figures shown in the tables, and their names there; all are in the JSON.
 SHOWN = {"pixel AUROC": "pixel AUROC", "AUPRO": "AUPRO to 30 % FPR", "sPRO 0.05": "sPRO to 5 % FPR"}
 
 

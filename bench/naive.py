@@ -101,11 +101,10 @@ def make_detector(cfg, device):
     """An untrained detector with the shipped backbone: time and agreement need no more."""
     torch.manual_seed(0)
     pdn = backbone.load_pdn(cfg.pdn, 0)[0].to(device, memory_format=torch.channels_last)
-    hvq, mim = ladmim.HVQ(cfg, backbone.CHANNELS), ladmim.ViT(cfg, backbone.CHANNELS)
+    hvq, mim = (model(cfg, backbone.CHANNELS).to(device) for model in (ladmim.HVQ, ladmim.ViT))
     mean = torch.zeros(backbone.CHANNELS, device=device)
     masks = ladmim.scoring_masks(cfg, 0, device)
-    return ladmim.Detector(cfg, pdn, hvq.to(device), mim.to(device), mean, mean + 1, masks, {}, "",
-                           0)
+    return ladmim.Detector(cfg, pdn, hvq, mim, mean, mean + 1, masks, {}, "", 0)
 
 
 def step(model, loss):

@@ -1,8 +1,8 @@
 """PatchCore, Roth et al. 2022: a photo is as anomalous as its patch that is farthest from a memory
 of normal patches.
 
-In its shortest honest form: one feature level, the PDN's last, where the paper joins two of a
-ResNet. Without `average` a patch is one token, as in plain nearest neighbours.
+Simplified: one feature level, the PDN's last; the paper joins two of a ResNet. Without `average` a
+patch is one token, as in plain nearest neighbours.
 """
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import runs
 from bench.rival import Photos, megabytes, milliseconds
+from scores import smoothed
 
 
 def neighbourhoods(x: torch.Tensor) -> torch.Tensor:
     """x (B, N, d0) -> each patch averaged with its 3x3 neighbours."""
-    grid = round(x.shape[1] ** 0.5)
-    x = x.transpose(1, 2).unflatten(2, (grid, grid))
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False).flatten(2).transpose(1, 2)
+    return smoothed(x.transpose(1, 2).flatten(0, 1)).view(len(x), -1, x.shape[1]).transpose(1, 2)
 
 
 def coreset(bank: torch.Tensor, share: float) -> torch.Tensor:

@@ -3,9 +3,9 @@
     python bench/report.py                          every run under runs/ -> runs/report.html
     python bench/report.py RUN_OR_FOLDER ... --out FILE
 
-The file has no scripts and asks for nothing from elsewhere. Of each category it shows the run with
-the lowest seed: the worst mistakes with the mask that saw most and its histograms (the paper's
-Figure 5), and every test photo with both maps.
+The file has no scripts and loads nothing from the network. Of each category it shows the run with
+the lowest seed: the worst mistakes with the mask of the largest error and its histograms (the
+paper's Figure 5), and every test photo with both maps.
 """
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def html_table(title: str, header: list, rows: list) -> str:
 
 def histogram_plot(p, q) -> Image.Image:
     """p, q (L, K): predicted and actual histogram of a masked region. Of each level the 16 codes
-    that differ most: the most frequent ones are often the ground's, and as they should be."""
+    that differ most: the most frequent ones are often the background's, and predicted well."""
     image = Image.new("RGB", (340, 24 + 62 * len(p)), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     draw.text((6, 3), "predicted", BLUE, font)
@@ -100,12 +100,11 @@ def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], fl
     """The category's test photos, the highest score first; the threshold."""
     root, photos, maps = tested_photos(scored, category)
     total, _, normals = evaluation.total_scores(scored, category)
-    threshold, judged = evaluation.threshold(total[normals]), []
+    threshold = evaluation.threshold(total[normals])
     score = {root / path: value for path, value in zip(scored.path, total)}
-    for photo in sorted(photos, key=lambda photo: -score[photo.path]):
-        path, value = photo.path, score[photo.path]
-        judged.append(Judged(path, f"{photo.kind}/{path.name}", photo.label, value,
-                             value > threshold, maps[path]))
+    judged = [Judged(photo.path, f"{photo.kind}/{photo.path.name}", photo.label,
+                     score[photo.path], score[photo.path] > threshold, maps[photo.path])
+              for photo in sorted(photos, key=lambda photo: -score[photo.path])]
     return judged, threshold
 
 
@@ -121,7 +120,7 @@ def card(photo: Judged, rank: int, detector: ladmim.Detector) -> str:
 
 
 def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
-    """The paper's Figure 5: photo, heat map, the mask that saw most, the histograms it compared."""
+    """The paper's Figure 5: photo, heat map, the mask of the largest error, its histograms."""
     cfg, masks, small = detector.cfg, detector.masks, photo.thumbnail(detector.white)
     h0, pixels = detector.look(data.load_image(photo.path, cfg.image_size, detector.white)[None])
     _, codes = detector.hvq(h0, detector.own(h0))
@@ -134,7 +133,7 @@ def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
                              dark.resize(small.size, Image.Resampling.NEAREST))
     heat = overlay(small, photo.maps["sum"], cfg.image_size)
     pictures = [picture(small, "photo"), picture(heat, "heat map"),
-                picture(masked, "the mask that saw most")]
+                picture(masked, "the mask of the largest error")]
     if cfg.target == "histogram":
         p = output[0, worst].softmax(-1).numpy()     # (L, K)
         q = [np.bincount(level[mask], minlength=cfg.codes) for level in codes[0].numpy()]

@@ -30,6 +30,9 @@ class Photos:
         self.scored_run, self.cache, self.precision = scored, cache, precision
         root = Path(scored.config.get("root") or "")
         self.names, self.seed = sorted(set(scored.category.tolist())), scored.config["seed"]
+        if not all((root / name).is_dir() for name in self.names):
+            raise data.InputError(f"{scored.folder}: its photos are no longer at {root}; put them "
+                                  "back, or give its train command their --data")
         self.ladmim = ladmim.load_detector(scored.folder, self.names[0], runs.pick_device(None))
         self.size, self.device = self.ladmim.cfg.image_size, self.ladmim.mean.device
         found = [photo for name in self.names for photo in data.find_photos(root, name, self.seed)]
@@ -95,8 +98,8 @@ def megabytes(*parts) -> float:
 
 
 def milliseconds(judge, photos: Photos, most: int = 32) -> float:
-    """An image's share of judge(images (8, S, S, 3) uint8), backbone included. What the first use
-    costs, nobody pays."""
+    """An image's share of judge(images (8, S, S, 3) uint8), backbone included. A first, untimed
+    call takes the costs that come once."""
     images = photos.pixels[photos.scored[:most].numpy()]
     with torch.inference_mode():
         judge(images[:8])
@@ -107,7 +110,7 @@ def milliseconds(judge, photos: Photos, most: int = 32) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once a GPU has done what it was given."""
+    """A clock in seconds. Waits until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.monotonic()
@@ -125,7 +128,7 @@ class Plan:
     weight_decay: float
 
 
-PATIENCE, GAIN = 4, 0.01                # settled: so many looks in turn gained less than this share
+PATIENCE, GAIN = 4, 0.01                # settled: PATIENCE looks in turn gained less than GAIN
 
 
 def settled(losses: list[float]) -> bool:
@@ -141,8 +144,8 @@ def last_step(plan: Plan, since: int | None) -> int:
 def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look,
         steps: int | None = None) -> dict:
     """Trains the model by the plan, at most so many steps, or goes on where it was stopped; saves
-    it once a minute. A step's randomness depends on its number alone, so the end is the same. Steps
-    and looks are computed in the photos' precision.
+    it at looks, at most once a minute. A step's randomness depends on its number alone, so the end
+    is the same. Steps and looks are computed in the photos' precision.
 
     loss(batch, rng): of the photos numbered by batch; look(): the validation loss, and what else to
     keep of this step. -> "steps", "settled", "train": their seconds, "curve": what look() found."""
@@ -154,7 +157,8 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look,
     if file.exists():
         held = runs.load_file(file, str(file))
         if not isinstance(held, dict) or any(held.get(k) != state[k] for k in ("plan", "about")):
-            raise data.InputError(f"{file}: is of other settings or photos; delete it")
+            raise data.InputError(f"{file}: was begun with other photos, --steps or --precision; "
+                                  "type those again, or delete it")
         state = held
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -180,16 +184,17 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look,
             with torch.inference_mode(), runs.in_precision(photos.precision, photos.device):
                 validation, more = look()
             if not math.isfinite(validation):
-                raise data.InputError(f"{name}: the validation loss is {validation} at step {step}")
+                raise data.InputError(f"{name}: at step {step} the validation loss is {validation};"
+                                      f" delete {file}, if there, and try another --precision")
             state["curve"].append({"step": step, "loss": validation, **more})
             losses = [one["loss"] for one in state["curve"]]
             if not state["settled"] and step < plan.steps and settled(losses):
                 state["settled"] = step
                 end = progress.total = last_step(plan, step)
-        if time.monotonic() - saved > 60:
-            state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            runs.save_tensors(file, state)
-            saved = time.monotonic()
+            if time.monotonic() - saved > 60:        # what has just given a finite loss
+                state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                runs.save_tensors(file, state)
+                saved = time.monotonic()
         note = f"validation loss {state['curve'][-1]['loss']:.4g}" if state["curve"] else ""
         progress(step, note)
     model.eval()

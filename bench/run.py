@@ -6,7 +6,6 @@ them, and the numbers as JSON, to bench/results/.
 """
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -77,9 +76,9 @@ def peak_memory(function, device: str) -> int:
 
 
 def measure(functions: dict, device: str, seconds: float) -> dict:
-    """Turns of one call each, so that a busy moment hits all alike, in another order each time:
-    what ran before has filled the caches. One that is 10 times as slow as another has 5 turns, that
-    the others may have many. -> name: median and spread in seconds, runs, memory."""
+    """Each turn calls every function once, in random order: other load and warm caches then act on
+    all of them alike. A function 10 times as slow as another has only 5 turns, so that the others
+    may have many. -> name: median and spread in seconds, runs, memory."""
     flush = torch.empty(2**28, dtype=torch.uint8, device=device) if device == "cuda" else None
     times, memory = {}, {}
     for name, function in functions.items():
@@ -237,14 +236,15 @@ def report(results: dict) -> str:
         parts += ["Ratio: speed, as a multiple of the fastest plain version's.",
                   table(results["kernels"], "kernel", "shape", "mode", "variant", "ratio", *spread,
                         "roofline", "wrong")]
-    parts += [f"Preset {results['preset']}. Ratio: time of an image, as a multiple of ours.",
+    parts += [f"Preset {results['preset']}, {results['masks']} masks. Ratio: time of an image, as "
+              "a multiple of ours.",
               table(results["steps"], "step", "variant", "an image", "images", "ratio", *spread)]
     return "\n\n".join(parts) + "\n"
 
 
-def parse(argv) -> argparse.Namespace:
+def parse(argv):
     parser = data.Parser(prog="bench/run.py", description="Measures the kernels on this machine.")
-    parser.add_argument("--seconds", type=float, help="for each row (default 2, with --quick 0.1)")
+    parser.add_argument("--seconds", type=float, help="a comparison (default 2, with --quick 0.1)")
     parser.add_argument("--quick", action="store_true", help="small shapes: does it all run?")
     parser.add_argument("--naive", action="store_true", help="only this: the long way, and ours")
     parser.add_argument("--preset", choices=("paper", "fast", "tiny"), help="paper; tiny on a CPU")
@@ -278,7 +278,7 @@ def benchmark(args) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     device = runs.pick_device(None).type
     preset = args.preset or ("paper" if device == "cuda" else "tiny")
-    seconds = args.seconds if args.seconds is not None else 0.1 if args.quick else 2.0
+    seconds = args.seconds or (0.1 if args.quick else 2.0)
     settings = {"masks": 2, "hvq_batch": 2, "mim_batch": 2} if args.quick else {"masks": 64}
     versions = (f"torch {torch.__version__}, triton {triton.__version__ if triton else 'none'}, "
                 f"Python {platform.python_version()}")
@@ -290,7 +290,7 @@ def benchmark(args) -> int:
     if not args.naive:
         results |= measure_kernels(device, seconds, args.quick)
     cfg = ladmim.Config(**ladmim.PRESETS[preset] | settings)
-    detector = naive.make_detector(cfg, torch.device(device))
+    detector, results["masks"] = naive.make_detector(cfg, torch.device(device)), cfg.masks
     with tempfile.TemporaryDirectory() as folder:
         if args.naive:
             count = max(cfg.hvq_batch, cfg.mim_batch, 8)
@@ -300,7 +300,7 @@ def benchmark(args) -> int:
             steps = kernel_steps(detector, device)
         results["steps"] = step_rows(steps, detector, device, seconds)
     text, name = report(results), re.sub(r"\W+", "-", results["device"]).strip("-").lower()
-    name += f"-naive-{preset}" if args.naive else ""
+    name += ("-quick" if args.quick else "") + (f"-naive-{preset}" if args.naive else "")
     print(text)
     (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / f"{name}.md").write_text(text)

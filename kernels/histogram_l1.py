@@ -126,8 +126,9 @@ def _P_and_difference(logits, codes, mask, keep):
         raise ValueError(f"histogram_l1: codes must lie in 0..{K - 1}, got {int(codes.min())}.."
                          f"{int(codes.max())}") from None
     P = logits.softmax(-1, dtype=dtype)
-    difference = (P.addcdiv if keep else P.addcdiv_)(counts, tokens, value=-1)
-    return P, difference if wrong is None else difference.masked_fill(wrong, torch.nan)
+    if wrong is not None:  # in P, as the sign of a difference of NaN is 0
+        P.masked_fill_(wrong, torch.nan)
+    return P, (P.addcdiv if keep else P.addcdiv_)(counts, tokens, value=-1)
 
 
 # ---- Triton: one program a row

@@ -48,8 +48,8 @@ def nearest_code(x: torch.Tensor, codebook: torch.Tensor, distance: bool = True)
 
 def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None) -> torch.Tensor:
     """`nearest_code` where each photo has one of C codebooks. x (B, N, D), codebooks C of (K, D),
-    own (B,): the number of each photo's -> (B, N), own K + index, or -1 for NaN or inf. Searched
-    are all C: to sort out the photos, a GPU would have to be waited for."""
+    own (B,): the number of each photo's -> (B, N), own K + index, or -1 for NaN or inf. All C are
+    searched: to sort the photos by category, the CPU would have to wait for the GPU."""
     flat = x.flatten(0, 1)
     index, *others = (nearest_code(flat, codes, False)[0].view(x.shape[:2]) for codes in codebooks)
     for number, found in enumerate(others, 1):
@@ -167,7 +167,7 @@ def _redo_rows(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 #   doubtful  (1 + T,) int64               how many rows are doubtful, then which, in any order
 #   distance  (T,) float32                 a result; until _redo, a doubtful row's best score
 
-# Rows and codes a tile. So nothing spills, and two programs of _scan fit a multiprocessor.
+# Rows and codes per tile, such that nothing spills and two programs of _scan fit a multiprocessor.
 PREPARE = {"num_warps": 4}
 SCAN = {"BLOCK_T": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 REDO = {"BLOCK_T": 16, "BLOCK_K": 128, "num_warps": 8, "num_stages": 1, "maxnreg": 255}
@@ -221,7 +221,7 @@ def _prepare(codebook, half, bias, limits, frame, doubtful, K, D: tl.constexpr, 
              CHUNK: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, RAGGED: tl.constexpr):
     """One part: its 32 codes shifted, scaled, rounded, and the limits of what that lost."""
     part, few, dim = tl.program_id(0), tl.arange(0, 16), tl.arange(0, CHUNK)
-    # Any shift and scale will do: mean and spread of the first 16 codes, which all programs find.
+    # Any shift and scale will do: mean and spread of the first 16 codes, in all programs.
     spread = 0.0
     for start in range(0, WIDTH, CHUNK):
         sample = _load(codebook, few, few < K, start, D, CHUNK).to(tl.float32)

@@ -272,6 +272,14 @@ def test_photos_that_changed_are_one_line(beside, capsys, changed):
     assert "changed since it was trained" in warning
 
 
+def test_photos_that_are_gone_are_one_line(beside, capsys):
+    run = Path("runs/twin/pushpins-tiny-seed0")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"root": str(Path("none").resolve())}))
+    assert baselines.main([str(run), "--methods", "patchcore"]) == 1
+    assert f"{run}: its photos are no longer at" in capsys.readouterr().err
+
+
 def test_two_at_once_on_one_run_are_one_line(beside, capsys):
     run = "runs/twin/pushpins-tiny-seed0"
     held = runs.lock(Path(run, "rivals"))

@@ -247,6 +247,31 @@ def test_a_table_never_replaces_another_file_and_is_kept_at_ctrl_c(trained, tmp_
     assert len(file.read_text().splitlines()) == 1 + 8
     assert command(*asked, cwd=folder).returncode == 0      # its own it replaces
     assert len(file.read_text().splitlines()) == 1 + 12
+    with monkeypatch.context() as patched:           # and keeps, where nothing new was judged
+        patched.setattr(ladmim.Detector, "__call__", interrupted)
+        assert command(*asked, cwd=folder).returncode == 130
+    assert len(file.read_text().splitlines()) == 1 + 12
+
+
+def test_a_photo_that_is_gone_before_its_heat_map_keeps_its_verdict(trained, tmp_path, monkeypatch):
+    folder, whole = trained[0], ladmim.Detector.__call__
+    shutil.copytree(folder / "photos/widgets/test/good", tmp_path / "good")
+
+    def vanishes(self, images):
+        (tmp_path / "good/001.png").unlink()
+        return whole(self, images)
+
+    monkeypatch.setattr(ladmim.Detector, "__call__", vanishes)
+    result = command("predict", "good", "--run", folder / "run", "--heatmap", "maps", "--csv",
+                     "all.csv", cwd=tmp_path)
+    assert result.returncode == 1 and len(result.stdout.splitlines()) == 4
+    assert "error: good/001.png: no such file" in result.stderr and "0 unreadable" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [
+        "000.png", "002.png", "003.png"]
+    with open(tmp_path / "all.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["error"]) for row in rows] == [False, True, False, False]
+    assert all(row["verdict"] in ("good", "anomaly") for row in rows)
 
 
 def test_thresholds_as_asked_for(trained):
@@ -273,7 +298,7 @@ def test_thresholds_as_asked_for(trained):
                                           "largest of 4 validation photos")
         assert warned == few
         assert few or f"{100 * share:g} % of further good" in result.stderr.splitlines()[-1]
-    for wrong in (["--false-alarms", "0"], ["--false-alarms", "1"], ["--false-alarms", "nan"],
+    for wrong in (["--false-alarms", "0"], ["--false-alarms", "0.5"], ["--false-alarms", "nan"],
                   ["--threshold", "nan"], ["--threshold", "1", "--false-alarms", "0.1"]):
         result, thresholds = asked(*wrong)
         assert wrong[-2] in one_error(result) and not thresholds
@@ -285,6 +310,9 @@ def test_a_lone_checkpoint_still_predicts(trained, tmp_path):
     lone, whole = (command("predict", folder / "photos/widgets/test", "--run", run)
                    for run in (tmp_path, folder / "run"))
     assert lone.returncode == 0 and lone.stdout == whole.stdout
+    shutil.copy(folder / "run/scores.csv", tmp_path)         # of use beside config.json only
+    half = command("predict", folder / "photos/widgets/test", "--run", tmp_path)
+    assert half.returncode == 0 and half.stdout == whole.stdout
     asked = ("predict", folder / "photos/widgets/test", "--run", tmp_path, "--false-alarms", "0.1")
     assert str(tmp_path) in one_error(command(*asked))
 
@@ -295,7 +323,7 @@ def test_training_ends_with_the_next_command_and_what_the_threshold_is_worth(tra
     worth, following = result.stdout.splitlines()[-2:]
     threshold = checkpoint(folder / "run")["calibration"]["widgets"]["threshold"]
     assert worth.startswith(f"threshold of widgets: {threshold:.2f}; the largest of 4 validation")
-    assert "one good photo in 5 is expected above it; 5 % takes 19" in worth
+    assert "one good photo in 5 is expected above it; 5 % needs 19" in worth
     start, _, rest = following.partition(" PHOTO_OR_FOLDER... ")
     assert start == "next: python ladmim.py predict"
     assert command("predict", "photos/widgets/test", *shlex.split(rest), cwd=folder).returncode == 0

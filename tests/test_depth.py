@@ -51,6 +51,13 @@ def test_the_white_that_a_photo_needs(tmp_path, values, white):
             data.load_image(path, 8, 4095)
 
 
+@pytest.mark.parametrize("top", [1, 255])
+def test_the_white_of_integers_says_nothing_of_floats(tmp_path, top):
+    ramp = deep(tmp_path / "x.tif", np.linspace(0, top, 256, dtype=np.float32).reshape(16, 16))
+    for white in (0, 1023, 65535):
+        assert (data.load_image(ramp, 16, white)[..., 0].flatten() == np.arange(256)).all()
+
+
 def test_floats_are_not_scaled_by_each_ones_own_maximum(tmp_path):
     dim = deep(tmp_path / "dim.tif", np.full((8, 8), 1, np.float32))
     white = max(data.deeper([dim, deep(tmp_path / "x.tif", dim_to_255())]).values())
@@ -124,7 +131,7 @@ def test_a_run_of_8_bits_warns_of_a_photo_that_it_reads_as_dark(trained, tmp_pat
     asked = command("predict", tmp_path / "x.tif", "--run", trained[0] / "run")
     lines = [line for line in asked.stderr.splitlines() if line.startswith("warning")]
     assert asked.returncode == 0 and len(lines) == warned
-    assert not warned or (f"values up to {top}" in lines[0] and "save it with 8 bits" in lines[0])
+    assert not warned or (f"no value above {top}" in lines[0] and "save it with 8 bits" in lines[0])
 
 
 @pytest.mark.parametrize("planes", [2, 4])

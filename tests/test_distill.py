@@ -188,6 +188,15 @@ def test_explained_variance_of_the_truth_the_mean_and_in_between():
         assert [share for share, _ in lines] == pytest.approx([1 - missed ** 2] * 2, abs=1e-4)
 
 
+def test_weights_are_there_before_they_are_measured(corpus, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "explained_variance", interrupted)
+    assert command(capsys, *small(corpus, tmp_path / "w.pt"))[0] == 130
+    assert (tmp_path / "w.pt").exists() and (tmp_path / "w.pt.sha256").exists()
+
+
 def test_linear_fit_finds_the_plane_and_ridge_shrinks_it():
     x = torch.randn(200, 6, generator=torch.Generator().manual_seed(1)) + 2
     weight, bias = torch.randn(6, 3), torch.randn(3)

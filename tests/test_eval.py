@@ -225,7 +225,7 @@ def test_presets_commits_and_settings_are_kept_apart(tmp_path, capsys):
 
 def test_categories_of_other_settings_have_no_mean_together():
     about = {"data": "x", "rendered": True, "preset": "tiny", "commit": "abc",
-             "trained on": "each alone", "seed": 0}
+             "trained on": "each alone", "seed": 0, "root": "x"}
     records = [about | {"run": name, "category": name, "settings": {"masks": masks}}
                for name, masks in (("a", 32), ("b", 1))]
     kept, repeats = evaluation.tell_apart(records)

@@ -25,6 +25,8 @@ def test_points_lie_where_their_numbers_say():
             assert blue[y - 2:y + 7, x - 3:x + 4].any()
     assert not np.all(np.array(sheet) == figure3.COLOURS[1], -1)[:, :590].any()
     figure3.draw({"LADMIM": [(8, 70)]}, "one point", "preset")
+    top = np.array(figure3.draw({"LADMIM": [(8, 100)]}, "the best", "preset"))
+    assert np.all(top[50:60, 60:80] == figure3.COLOURS[0], -1).any()     # 100 is the axis's end
 
 
 def test_the_figure_of_two_small_categories(tmp_path, monkeypatch, capsys):

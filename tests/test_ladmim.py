@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ladmim
+import options
 import runs
 from backbone import CHANNELS, Features
+from data import InputError
 from kernels import histogram_l1, nearest_own_code
 from ladmim import HVQ, PRESETS, Config, ViT
 from runs import seeded
@@ -413,6 +415,24 @@ def test_no_training_step_waits_for_a_gpu(tokenizer, codebook, target, tmp_path,
             ladmim.train_mim(run, cfg, hvq, photos, n)
         counts.append((hvq_waits, waits.count))
     assert counts[0] == counts[1] and min(counts[0]) > 0
+
+
+def test_a_tokenizer_that_gives_nan_trains_no_vit(tmp_path):
+    def broken(h0, own):
+        return h0, torch.full((len(h0), SMALL.levels, 36), -1)
+
+    photos = Features(torch.randn(4, 36, CHANNELS), torch.zeros(CHANNELS), torch.ones(CHANNELS),
+                      torch.device("cpu"))
+    with pytest.raises(InputError, match="HVQ-Trans gives NaN.*smaller --hvq-lr"):
+        ladmim.train_mim(new_run(tmp_path), SMALL, broken, photos, 4)
+
+
+def test_a_last_rate_that_a_warm_up_never_reaches_is_refused():
+    typed = {"mim_epochs": 40, "mim_last_lr": 1e-5}
+    with pytest.raises(InputError, match="last-lr 1e-05: .*--mim-warmup 40 and --mim-epochs 40;"):
+        options.check_typed(typed, Config(**typed))
+    typed["mim_epochs"] = 41
+    options.check_typed(typed, Config(**typed))
 
 
 def test_the_learning_rate_rises_then_follows_a_cosine():

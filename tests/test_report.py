@@ -1,4 +1,4 @@
-"""bench/report.py's HTML file."""
+"""bench/report.py's HTML file, and where reports of eval.py's kind may be written."""
 import base64
 import io
 import re
@@ -180,3 +180,29 @@ def test_a_wrong_option_is_one_line(small, capsys, arguments, word):
     assert report.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and word in err and len(err.splitlines()) == 1
+
+
+def test_a_report_below_a_file_is_one_line(tmp_path, capsys):
+    make_run(tmp_path / "runs/a")
+    (tmp_path / "file").write_text("x")
+    file = str(tmp_path / "file/x.json")
+    assert evaluation.main(["--runs", str(tmp_path / "runs"), "--json", file]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"error: {tmp_path / 'file'}: cannot be used")
+
+
+def test_data_sets_of_one_name_in_two_folders_are_two(tmp_path, capsys):
+    """Where both are there; a data set that has moved is one."""
+    for number, place in enumerate(("here", "there", "gone")):
+        (tmp_path / place / "mvtec_loco").mkdir(parents=True)
+        root = str(tmp_path / place / "mvtec_loco")
+        make_run(tmp_path / f"runs/{place}", seed=number, root=root)
+    (tmp_path / "gone/mvtec_loco").rmdir()
+    assert evaluation.main(["--runs", str(tmp_path / "runs"), "--all"]) == 0
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.endswith(": AUROC %")]
+    assert titles == [f"## mvtec_loco in {tmp_path / 'gone'}: AUROC %",
+                      f"## mvtec_loco in {tmp_path / 'here'}: AUROC %",
+                      f"## mvtec_loco in {tmp_path / 'there'}: AUROC %"]
+    (tmp_path / "there/mvtec_loco").rmdir()
+    assert evaluation.main(["--runs", str(tmp_path / "runs"), "--all"]) == 0
+    assert "## mvtec_loco: AUROC %" in capsys.readouterr().out.splitlines()

@@ -110,8 +110,25 @@ def test_products_are_in_the_precision_asked_for(tmp_path):
 
 def test_a_loss_that_is_no_number_ends_the_training(tmp_path):
     _, fit, loss = start(tmp_path)
-    with pytest.raises(data.InputError, match="toy: the validation loss is nan at step 10"):
+    with pytest.raises(data.InputError, match="toy: at step 10 the validation loss is nan; delete"):
         fit(lambda batch, rng: loss(batch, rng) * float("nan"))
+
+
+def test_a_state_is_saved_only_behind_a_finite_look(tmp_path, monkeypatch):
+    now = iter(range(0, 10 ** 6, 20))                # saves as often as it may
+    monkeypatch.setattr(rival.time, "monotonic", lambda: next(now))
+    model, fit, loss = start(tmp_path)
+    calls = []
+
+    def breaks(batch, rng):
+        calls.append(1)
+        return loss(batch, rng) * (float("nan") if len(calls) > 12 else 1)
+
+    with pytest.raises(data.InputError, match="at step 20"):
+        fit(breaks)
+    assert torch.load(tmp_path / "rivals/toy.pt")["step"] == 10
+    _, fit, _ = start(tmp_path)
+    assert fit()["steps"] == 40
 
 
 def test_megabytes_are_four_bytes_a_number():

@@ -179,6 +179,11 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
         raise AssertionError("went on")
 
 
+def test_ctrl_c_while_the_last_epoch_is_saved_is_not_lost(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_run(tmp_path).stoppable():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path, value):
     """They may be the last step's, after which no loss is computed any more."""

@@ -43,8 +43,7 @@ def tray(scene):
     white = np.array([0.95, 0.89, 0.86])
     stamp(scene, box(scene, *TRAY), white * 0.93)
     stamp(scene, box(scene, (0.5, 0.47), 0.91, 0.935, radius=0.14), white * 0.99)
-    latch = box(scene, (0.5, 0.955), 0.17, 0.012, radius=0.004)
-    stamp(scene, latch, (0.2, 0.17, 0.16))
+    stamp(scene, box(scene, (0.5, 0.955), 0.17, 0.012, radius=0.004), (0.2, 0.17, 0.16))    # latch
     rooms = [rounded(scene, corners, 0.055) for corners in (LEFT, RIGHT)]
     for room, corners in zip(rooms, (LEFT, RIGHT)):
         stamp(scene, room, white * 0.84, bulge=-0.4)      # the walls, then the floor

@@ -169,12 +169,11 @@ def patch(scene, area, smallest, largest, colour, opacity=(1, 1), blur=2.0, **te
 
 
 def develop(scene, size):
-    """Canvas -> photo: averaging down, the lens's blur, a per cent of exposure and white balance,
+    """Canvas -> photo: averaging down, the lens's blur, exposure and white balance about 1 % off,
     sensor noise. Returns uint8 (size, size, 3) and the regions, bool (size, size) each."""
     rng = scene.rng
-    canvas = (np.clip(scene.photo, 0, 1) * 255).astype(np.uint8)
-    canvas = Image.fromarray(np.moveaxis(canvas, 0, -1))
-    small = canvas.resize((size, size), Image.Resampling.BOX)
+    canvas = (np.clip(np.moveaxis(scene.photo, 0, -1), 0, 1) * 255).astype(np.uint8)
+    small = Image.fromarray(canvas).resize((size, size), Image.Resampling.BOX)
     photo = np.asarray(small.filter(ImageFilter.GaussianBlur(0.75 * size / 512)), np.float32)
     photo = photo * rng.normal(1, 0.01) * rng.normal(1, 0.005, 3)
     photo += rng.normal(0, 1, photo.shape)

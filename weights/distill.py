@@ -3,8 +3,8 @@
     python weights/distill.py --images DIR_OR_TAR... --teacher TEACHER... --out FILE
 
 weights/README.md says how the shipped weights were made. The learning rate is constant, then falls
-to 0 within --decay steps: nobody has to know the end in advance. FILE.part holds the constant part,
-so that a larger --steps goes on from there.
+to 0 within --decay steps, so the end need not be known in advance. FILE.part holds the constant
+part, so that a larger --steps goes on from there.
 """
 from __future__ import annotations
 
@@ -100,18 +100,17 @@ def prepare(student: nn.Module, corpus: Corpus, teachers: list, args, device) ->
 
 
 class Bank:
-    """Crops and their targets: step s draws windows of crops s + 512 - size to s + 511. They lie in
-    a ring in one file, each from when it is first drawn. The file is but a cache: a crop that is
-    missing, or was made for another target, is made again, so that a resumed run learns from what
-    an uninterrupted one would."""
+    """Crops and their targets: step s draws windows of crops s + 512 - size to s + 511. One file is
+    their ring buffer; a crop is made when it is first drawn. The file is only a cache: a crop that
+    is missing, or was made for another target, is made again, so that a resumed run learns from
+    what an uninterrupted one would."""
 
     def __init__(self, file: Path, corpus: Corpus, teachers: list, target: list, args, device):
         self.corpus, self.teachers, self.target = corpus, teachers, target
         self.args, self.device = args, device
         key = hashlib.blake2b(repr((args.images, corpus.sizes, args.precision,
                                      args.seed)).encode(), digest_size=8)
-        for part in (part for block in target for part in block):
-            key.update(part.numpy().tobytes())
+        key.update(b"".join(part.numpy().tobytes() for block in target for part in block))
         self.key, side = key.hexdigest().encode(), SIDE - 2 * EDGE
         row = np.dtype([("key", "S16"), ("number", "i8"), ("photo", "u1", (CROP, CROP, 3)),
                         ("target", "f2", (side, side, CHANNELS))])
@@ -157,15 +156,15 @@ def explained_variance(student: nn.Module, teachers: list, target: list, held_ou
                        device, precision: str) -> list[tuple[float, str]]:
     """1 - squared error / variance, over photos (n, 3, 224, 224) that the student never saw -> per
     map (share, name)."""
-    error, truths = 0, []
+    error = total = square = 0
     for x in held_out.split(4):
         x = x.to(device)
-        truths.append(target_of(target, look(teachers, x, precision)))
+        truth = target_of(target, look(teachers, x, precision)).double()
         with runs.in_precision(precision, device):
-            guess = student(imagenet(x))[..., INNER, INNER].float()
-        error = error + (guess - truths[-1]).double().square().sum((0, 2, 3))
-    truth = torch.cat(truths)
-    total = truth.double().var((0, 2, 3), correction=0) * truth[:, 0].numel()
+            guess = student(imagenet(x))[..., INNER, INNER]
+        error = error + (guess - truth).square().sum((0, 2, 3))
+        total, square = total + truth.sum((0, 2, 3)), square + truth.square().sum((0, 2, 3))
+    total = square - total.square() / (len(held_out) * truth[0, 0].numel())
     sizes, lines = [matrix.shape[1] for matrix, _ in target], []
     for number, (e, t) in enumerate(zip(error.split(sizes), total.split(sizes)), 1):
         if len(e):
@@ -273,11 +272,11 @@ def distill(args, save_every=60.0) -> int:
         progress(step + 1, f"unexplained {running or 1:.3f}")
 
     student.eval().requires_grad_(False)
+    write_weights(args.out, student)
     for share, line in explained_variance(student, teachers, state["target"], held_out, device,
                                           args.precision):
         data.say(f"{line}: explained variance {share:.3f}")
-    write_weights(args.out, student)
-    crops.unlink()
+    crops.unlink(missing_ok=True)
     return 1 if corpus.bad else 0
 
 
@@ -288,7 +287,7 @@ def parse(argv):
     add("--images", required=True, nargs="+", metavar="DIR_OR_TAR", help="photos of anything, "
         "thousands")
     add("--teacher", nargs="+", default=["efficientnet-lite0"], help="efficientnet-lite0 (default) "
-        "or TorchScript files that map a batch to a list of (feature map, stride)")
+        "or TorchScript files that map a batch to a list of (feature map, stride) or (.., centre)")
     add("--shares", nargs="+", type=int, metavar="N", help="how many of the 384 channels each "
         "teacher map gets (default: equal parts)")
     add("--out", required=True, type=Path, metavar="FILE", help="weights; FILE.part is what a "

@@ -122,8 +122,8 @@ def list_photos(source: Path) -> list[tuple]:
 
 
 class Corpus:
-    """Photos of folders and uncompressed tars, read one by one. Of each source a tenth, at most
-    100, only measure, always the same ones. A bad photo costs one line."""
+    """Photos of folders and uncompressed tars, read one by one. A tenth of each source, at
+    most 100, is held out to measure with, always the same ones. A bad photo costs one line."""
 
     def __init__(self, sources: list[str]):
         self.learn, self.held_out, self.bad = [], [], set()     # photos: source, and as listed
