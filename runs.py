@@ -445,7 +445,7 @@ class Run:
         """-> this epoch's randomness. Dropout draws other numbers in each process."""
         generator = seeded(self.seed, stage, epoch)
         torch.manual_seed(generator.initial_seed() + processes()[0])
-        if processes()[1] > 1:           # GPU rounding, revived codes under dropout
+        if processes()[1] > 1:           # they differ by GPU rounding and, with dropout, revival
             for value in model.state_dict().values():
                 dist.broadcast(value, 0)
         model.train()
