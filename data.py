@@ -17,7 +17,7 @@ import numpy as np
 from console import (InputError, Parser, printable, readable, run_command, say,  # noqa: F401
                      tell, warn)
 from images import (DRAWN, SUFFIXES, UNREAD, ahead, decode, deeper, defect_pixels,  # noqa: F401
-                    is_drawn, is_image, load_image, load_images, open_image, read, to_levels,
+                    is_marked, is_image, load_image, load_images, open_image, read, to_levels,
                     to_rgb, walk, warn_of_depth)
 from twin.render import RENDERED_MARK, SCENES, render
 
@@ -55,7 +55,7 @@ def make_folder(folder: Path, option: str, photos: list[Path], names: list[str])
     if os.path.realpath(folder) in {os.path.dirname(os.path.realpath(path)) for path in photos}:
         raise InputError(f"{option} {folder}: holds the photos themselves; name another folder")
     for file in (folder / f"{name}.png" for name in names):
-        if os.path.lexists(file) and not is_drawn(file):
+        if os.path.lexists(file) and not is_marked(file):
             raise InputError(f"{option} {folder}: holds {file.name}, no heat map; name another one")
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -130,7 +130,7 @@ def folder_layout(folder: Path) -> list[Photo]:
                          "NAME_OF_DEFECT")
     for kind in visible_folders(test):
         good, images = kind.name.lower() == "good", images_in(kind)
-        if not images and not all(path.name.startswith(".") or is_drawn(path)
+        if not images and not all(path.name.startswith(".") or is_marked(path)
                                   for path in kind.iterdir()):
             raise InputError(f"{kind}: holds files, but no photos; put photos directly into it")
         for path in images:
@@ -268,7 +268,7 @@ def passed_over(folder: Path, files, taken) -> list[str]:
     """A line on how many photos among the files of a folder were not taken. Masks are none."""
     taken = set(taken)
     left = [path for path in files if path.suffix.lower() in SUFFIXES + UNREAD
-            and path not in taken and not is_drawn(path) and not is_mask(path, folder)]
+            and path not in taken and not is_marked(path) and not is_mask(path, folder)]
     return [f"{folder}: photos passed over: {len(left)}, such as {min(left)}: of another format "
             "or not where this layout has photos"] if left else []
 

@@ -142,6 +142,16 @@ def read_run(folder: Path) -> ScoredRun:
     return ScoredRun(folder, config, *map(np.array, zip(*read_scores(folder / "scores.csv"))))
 
 
+def photos_root(scored: ScoredRun, categories) -> Path:
+    """The folder that holds these category folders of a run. InputError where one is gone."""
+    root = Path(scored.config.get("root") or "?")
+    for name in categories:
+        if not (root / name).is_dir():
+            raise InputError(f"{scored.folder}: its photos are no longer at {root / name}; put "
+                             "them back, or give its train command their --data")
+    return root
+
+
 def read_maps(scored: ScoredRun) -> dict[str, dict[str, np.ndarray]]:
     """maps.npz: path in scores.csv -> {"structural", "logical", "sum"}, each (g, g). The first two
     are in standard deviations of the validation normals; their sum's own deviation is not 1."""
@@ -272,8 +282,7 @@ def grouped(records: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 def tell_apart(records: list[dict]) -> tuple[list[dict], list[str]]:
     """Keeps ablations from passing for seeds: settings that differ between runs of one preset and
-    commit join the preset's name, and folders that are there join data sets of one name. -> the
-    records that repeat no run, and a line on each other."""
+    commit join its name, as folders a data set's. -> records without repeats, lines on those."""
     for members in grouped(records, "data", "rendered").values():
         roots = {record["root"] for record in members if os.path.isdir(record["root"])}
         for record in members if len(roots) > 1 else ():
@@ -462,12 +471,12 @@ def write_report(file: Path, content: bytes | None, mark: str) -> None:
     """Replaces an earlier report, known by the mark near its start, and no other file. None: only
     checks that it could."""
     with data.readable():
-        foreign = file.exists() and not data.is_drawn(file, mark)        # nor a folder or a pipe
+        if file.exists() and not data.is_marked(file, mark):             # nor a folder or a pipe
+            raise InputError(f"{file} exists and is not this command's: name another file")
     file.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=file.parent).close()          # `write_whole` writes there, too
-    if foreign:
-        raise InputError(f"{file} exists and was not written by this command: name another file")
-    if content is not None:
+    if content is None:
+        tempfile.TemporaryFile(dir=file.parent).close()      # `write_whole` writes there, too
+    else:
         data.write_whole(file, content, "name another file")
 
 

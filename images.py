@@ -46,11 +46,11 @@ def walk(folder: Path, seen: set[Path] | None = None):
 
 def is_image(path: Path) -> bool:
     return (path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-            and not is_drawn(path))
+            and not is_marked(path))
 
 
-def is_drawn(path: Path, mark: str = DRAWN) -> bool:
-    """Whether `predict` drew the file, or whatever else writes such a mark near its start."""
+def is_marked(path: Path, mark: str = DRAWN) -> bool:
+    """Whether the file has the mark near its start; DRAWN: `predict` drew it."""
     with suppress(OSError):            # what cannot be read is named where it is read whole
         if path.is_file():
             with open(path, "rb") as file:

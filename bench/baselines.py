@@ -25,7 +25,7 @@ import ladmim  # noqa: E402
 import options  # noqa: E402
 import runs  # noqa: E402
 from bench import ablations, efficientad, masked, patchcore  # noqa: E402
-from bench.rival import Photos, megabytes, milliseconds  # noqa: E402
+from bench.rival import Photos, ladmim_megabytes, milliseconds  # noqa: E402
 
 
 def ladmim_costs(photos: Photos, steps: int | None) -> dict:
@@ -33,8 +33,7 @@ def ladmim_costs(photos: Photos, steps: int | None) -> dict:
     detector, metrics = photos.ladmim, runs.load_finished(photos.scored_run.folder)["metrics"]
     seconds = sum(one.get("seconds", 0) for one in metrics if one["stage"] != "score")
     return {"scores": {}, "train": seconds, "image": milliseconds(detector, photos),
-            "megabytes": megabytes(detector.pdn, detector.hvq, detector.mim,
-                                   *detector.normal.get("histograms", {}).values())}
+            "megabytes": ladmim_megabytes(detector)}
 
 
 # Name -> what is kept of it, of (photos, the most steps of its training).

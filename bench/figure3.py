@@ -39,8 +39,7 @@ def points(args) -> tuple[dict[str, list[tuple[float, float]]], str]:
     for records in rows.values():
         detector = ladmim.load_detector(Path(records[0]["run"]), records[0]["category"],
                                         runs.pick_device(None))
-        size = rival.megabytes(detector.pdn, detector.hvq, detector.mim,
-                               *detector.normal.get("histograms", {}).values())
+        size = rival.ladmim_megabytes(detector)
         ours.append((size, mean_auroc([record["both"] for record in records])))
     ordinary = Path(rows["1 times the preset's mim_width"][0]["run"])
     lock = runs.lock(ordinary / "rivals", "wait until it ends")

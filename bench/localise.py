@@ -129,10 +129,7 @@ def localisation(photos) -> dict[str, float]:
 
 def tested_photos(scored: evaluation.ScoredRun, category: str):
     """-> the data set's folder, the category's test photos that were scored, path -> its maps."""
-    root = Path(scored.config.get("root", ""))
-    if not scored.config.get("root") or not (root / category).is_dir():
-        raise InputError(f"{scored.folder}: its photos are no longer at {root / category}; "
-                         "put them back, or give its train command their --data")
+    root = evaluation.photos_root(scored, [category])
     maps = {root / path: value for path, value in evaluation.read_maps(scored).items()}
     photos = [photo for photo in data.find_photos(root, category, scored.config["seed"])
               if photo.split == "test" and photo.path in maps]

@@ -28,11 +28,8 @@ class Photos:
 
     def __init__(self, scored: evaluation.ScoredRun, cache: Path, precision: str = "fp32"):
         self.scored_run, self.cache, self.precision = scored, cache, precision
-        root = Path(scored.config.get("root") or "")
         self.names, self.seed = sorted(set(scored.category.tolist())), scored.config["seed"]
-        if not all((root / name).is_dir() for name in self.names):
-            raise data.InputError(f"{scored.folder}: its photos are no longer at {root}; put them "
-                                  "back, or give its train command their --data")
+        root = evaluation.photos_root(scored, self.names)
         self.ladmim = ladmim.load_detector(scored.folder, self.names[0], runs.pick_device(None))
         self.size, self.device = self.ladmim.cfg.image_size, self.ladmim.mean.device
         found = [photo for name in self.names for photo in data.find_photos(root, name, self.seed)]
@@ -95,6 +92,12 @@ def megabytes(*parts) -> float:
     """Of models and tensors, four bytes a number."""
     tensors = [[part] if torch.is_tensor(part) else part.parameters() for part in parts]
     return 4e-6 * sum(tensor.numel() for of_part in tensors for tensor in of_part)
+
+
+def ladmim_megabytes(detector: ladmim.Detector) -> float:
+    """Of LADMIM for one category: models, and the matrices of `whitened`."""
+    return megabytes(detector.pdn, detector.hvq, detector.mim,
+                     *detector.normal.get("histograms", {}).values())
 
 
 def milliseconds(judge, photos: Photos, most: int = 32) -> float:

@@ -134,3 +134,7 @@ def test_a_state_is_saved_only_behind_a_finite_look(tmp_path, monkeypatch):
 def test_megabytes_are_four_bytes_a_number():
     assert rival.megabytes(torch.nn.Linear(3, 2), torch.zeros(5)) == pytest.approx(13 * 4e-6)
     assert rival.megabytes(Codebook(7, 3, 0.9, 2)) == pytest.approx(42 * 4e-6)
+    models = dict.fromkeys(("pdn", "hvq", "mim"), torch.nn.Linear(3, 2))
+    for kept, count in (({}, 24), ({"histograms": {"matrix": torch.zeros(2, 5, 5)}}, 74)):
+        detector = SimpleNamespace(**models, normal={"hvq": (0, 1)} | kept)
+        assert rival.ladmim_megabytes(detector) == pytest.approx(count * 4e-6)
