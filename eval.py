@@ -472,7 +472,7 @@ def write_report(file: Path, content: bytes | None, mark: str) -> None:
     checks that it could."""
     with data.readable():
         if file.exists() and not data.is_marked(file, mark):             # nor a folder or a pipe
-            raise InputError(f"{file} exists and is not this command's: name another file")
+            raise InputError(f"{file} exists and was not written by this command: name another")
     file.parent.mkdir(parents=True, exist_ok=True)
     if content is None:
         tempfile.TemporaryFile(dir=file.parent).close()      # `write_whole` writes there, too

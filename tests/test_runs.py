@@ -1,5 +1,4 @@
-"""Run folders: options and settings, checkpoints, going on, taking over, runs in turn; what several
-processes share."""
+"""Run folders: options, checkpoints, going on, taking over, runs in turn; several processes."""
 import dataclasses
 import json
 import os
