@@ -9,8 +9,8 @@ photo's mean feature is from the training photos'.
 Cut, so that two cores suffice: the penalty on ImageNet's photos (there are none here) and the
 colour jitter of the autoencoder's input, so the teacher's features are computed once. The
 autoencoder has one convolution and three upsamplings less, with 3x3 kernels; the optimiser is
-AdamW, not Adam. The student sees two crops of 96 pixels a step, not a whole photo. The PDN pads
-nothing, so a student's output for a crop at a multiple of 4 pixels is its output for the photo
+AdamW, not Adam. The student sees one of 3x3 tiles of two photos a step, not a whole photo. The PDN
+pads nothing, so a student's output for a tile at a multiple of 4 pixels is its output for the photo
 there. Steps: until the validation loss has settled, at most the paper's 70,000.
 """
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Autoencoder(nn.Sequential):
 
         def up(size):
             return [nn.Upsample((size, size), mode="bilinear"),
-                    nn.Conv2d(LATENT, LATENT, 3, padding=1), nn.ReLU()]
+                    nn.Conv2d(LATENT, LATENT, 3, padding=1), nn.ReLU(), nn.Dropout(0.2)]
 
         super().__init__(*down(3, 32), *down(32, 32), *down(32, 64), *down(64, 64),
                          nn.AdaptiveAvgPool2d(8), nn.Conv2d(64, LATENT, 8), *up(3), *up(8),
@@ -67,9 +67,10 @@ class EfficientAD(nn.Module):
     def loss(self, x, teacher, rng):
         """x (B, 3, S, S), teacher (B, d0, P, P)."""
         size = min(CROP, x.shape[-1])
-        side = positions(size)
-        top, left = (int(torch.randint(teacher.shape[-1] - side + 1, (), generator=rng))
-                     for _ in range(2))
+        side, most = positions(size), teacher.shape[-1]
+        tiles = -(-most // side)                     # a side; together they cover the photo
+        top, left = (int(torch.randint(tiles, (), generator=rng)) * (most - side)
+                     // max(1, tiles - 1) for _ in range(2))
         crop = x[..., STRIDE * top:STRIDE * top + size, STRIDE * left:STRIDE * left + size]
         here = (..., slice(top, top + side), slice(left, left + side))
         local, wide = self.student(crop).chunk(2, 1)

@@ -21,6 +21,8 @@ import eval as evaluation
 import ladmim
 import runs
 
+VERSION = 2                             # of the rivals: what another one kept is refused
+
 
 class Photos:
     """A run's photos. They are numbered; train and scored hold the numbers of the training photos
@@ -45,7 +47,7 @@ class Photos:
         if self.about != {"photos": state["fingerprint"], "tested": state["tested"]}:
             raise data.InputError(f"{scored.folder}: the photos in {root} changed since it was "
                                   "trained; run its train command again")
-        self.about |= {"size": self.size, "grid": self.ladmim.cfg.grid}
+        self.about |= {"size": self.size, "grid": self.ladmim.cfg.grid, "version": VERSION}
 
     def look(self, photos: list, grid: int):
         """-> their features at grid x grid tokens, standardised over the training photos; the

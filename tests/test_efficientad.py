@@ -1,5 +1,8 @@
 """bench/efficientad.py: its parts against scikit-learn, numpy and plain loops."""
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -70,8 +73,8 @@ def test_only_the_worst_thousandth_is_learned_from():
     assert float(efficientad.hardest(few)) == pytest.approx(float(few.square().max()))
 
 
-def test_a_crop_is_exact():
-    """What the student says of a crop at a multiple of 4 pixels it says there of the photo, so the
+def test_a_tile_is_exact():
+    """What the student says of a tile at a multiple of 4 pixels it says there of the photo, so the
     loss compares the right places: it is 0 for a teacher that says the same."""
     torch.manual_seed(0)
     model = efficientad.EfficientAD(140).eval()
@@ -81,7 +84,7 @@ def test_a_crop_is_exact():
         local, wide = model.student(x).chunk(2, 1)
         assert local.shape[-1] == side
         seen = {}
-        for part in range(6):                        # of other corners, each
+        for part in range(12):                       # of all four tiles
             rest = (model.loss(x, local, seeded(part))
                     - torch.nn.functional.mse_loss(model.autoencoder(x), local))
             top, left = corner(seeded(part), side)
@@ -89,11 +92,29 @@ def test_a_crop_is_exact():
             expected = (model.autoencoder(x)[here] - wide[here]).square().mean()
             assert float(rest) == pytest.approx(float(expected), abs=1e-6)
             seen[top, left] = True
-    assert len(seen) > 3
+    assert len(seen) == 4
 
 
 def corner(rng, side: int):
-    return [int(torch.randint(side - 16 + 1, (), generator=rng)) for _ in range(2)]
+    """Of one of the tiles: as many a side as cover the photo, the first and the last at its rim."""
+    starts = [round(start) for start in np.linspace(0, side - 16, math.ceil(side / 16)) - 1e-9]
+    return [starts[int(torch.randint(len(starts), (), generator=rng))] for _ in range(2)]
+
+
+def test_every_place_of_the_photo_is_learned_as_often():
+    """The score is the largest value of the whole map: a rim that is hardly trained hides all."""
+    counts, where = torch.zeros(48 * 48), torch.arange(48 * 48.).reshape(48, 48)
+    x = where.repeat_interleave(4, 0).repeat_interleave(4, 1)        # a photo that says where it is
+    x = torch.nn.functional.pad(x, (0, 32, 0, 32)).expand(1, 3, 224, 224)
+
+    def student(crop):
+        counts[crop[0, 0, :64:4, :64:4].flatten().long()] += 1
+        return torch.zeros(1, 768, 16, 16)
+
+    model = SimpleNamespace(student=student, autoencoder=lambda x: torch.zeros(1, 384, 48, 48))
+    for step in range(450):
+        efficientad.EfficientAD.loss(model, x, torch.zeros(1, 384, 48, 48), seeded(step))
+    assert counts.min() > 0.6 * counts.mean() and counts.max() < 1.4 * counts.mean()
 
 
 def test_it_learns_what_the_teacher_says():
@@ -108,7 +129,7 @@ def test_it_learns_what_the_teacher_says():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
-    local, wide, vector, rebuilt = model.look(x, teacher)
+    local, wide, vector, rebuilt = model.eval().look(x, teacher)
     assert local.shape == wide.shape == (2, 8, 8) and vector.shape == (2, 384)
     for b in range(2):
         expected = (model.autoencoder(x)[b] - teacher[b]).square().mean()
