@@ -139,6 +139,11 @@ def test_every_rival_has_a_row_and_its_costs(beside):
         assert all((record[cost] is None) == combined for cost in ("train", "image", "megabytes"))
         trains = record["system"] in ("SMAE", "MAEDAY", "EfficientAD-S", "PUAD")
         assert record["steps"] == (3 if trains else None)
+        if record["system"] == "LADMIM" and record["trained on"] == "each alone":
+            with open(f"runs/twin/{record['category']}-tiny-seed0/metrics.jsonl") as file:
+                lines = [json.loads(line) for line in file]
+            both = [one["seconds"] for one in lines if one["stage"] in ("hvq", "mim")]
+            assert len(both) == 4 and record["train"] == pytest.approx(sum(both))
     titles = [table["title"] for table in result["tables"]]
     assert sum("AUROC % over the steps" in title for title in titles) == 2
     assert sum(title.startswith("REFERENCE ONLY") for title in titles) == 2

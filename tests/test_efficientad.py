@@ -134,3 +134,29 @@ def test_it_learns_what_the_teacher_says():
     for b in range(2):
         expected = (model.autoencoder(x)[b] - teacher[b]).square().mean()
         assert float(rebuilt[b].detach()) == pytest.approx(float(expected.detach()))
+
+
+def scores_of(folder, monkeypatch, others: dict) -> dict:
+    """`efficientad.run` on 5 training, 4 validation and 3 test photos of noise, some of them others
+    than usual: number -> seed."""
+    photos = 12
+    pixels, seen = (torch.stack([torch.randn(shape, generator=seeded("photo", others.get(i, i)))
+                                 for i in range(photos)]) for shape in ((3, 64, 64), (64, 384)))
+    monkeypatch.setattr(efficientad, "milliseconds", lambda judge, photos: 0.0)
+    folder.mkdir()
+    return efficientad.run(SimpleNamespace(
+        seed=0, size=64, device=torch.device("cpu"), precision="fp32", about={},
+        train=torch.arange(5), validation=torch.arange(5, 9), scored=torch.arange(5, 12),
+        images=lambda index: pixels[index], everywhere=SimpleNamespace(h0=lambda index: seen[index]),
+        aurocs=lambda scores: {}, ladmim=SimpleNamespace(pdn=torch.nn.Linear(1, 1)),
+        scored_run=SimpleNamespace(folder=folder)), 2)["scores"]
+
+
+def test_a_photos_scores_know_nothing_of_the_test_photos(tmp_path, monkeypatch):
+    """Quantiles, standardisation and PUAD's covariance are of training and validation photos."""
+    usual = scores_of(tmp_path / "usual", monkeypatch, {})
+    other = scores_of(tmp_path / "other", monkeypatch, {9: 109, 10: 110})
+    assert usual.keys() == {"EfficientAD-S", "PUAD"}
+    for name, scores in usual.items():
+        assert scores[:4] == other[name][:4] and scores[6] == other[name][6]
+        assert scores[4] != other[name][4] and scores[5] != other[name][5]

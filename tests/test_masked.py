@@ -1,5 +1,7 @@
 """bench/masked.py: SMAE's and MAEDAY's parts against plain loops."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -104,3 +106,42 @@ def test_it_learns_to_guess_what_is_always_the_same():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_smaes_loss_and_scores_against_plain_loops(monkeypatch):
+    """The loss is of hidden tokens alone, of both halves. A score is the largest value of the map
+    of two pairs of halves, drawn once for all photos."""
+    seen, found = torch.randn(6, 16, 5, generator=seeded("photos")), {}
+
+    def fit(photos, name, model, plan, loss, look, steps):
+        model.eval()
+        with torch.no_grad():
+            found.update(loss=float(loss(torch.tensor([0, 2]), seeded("a step"))), look=look()[0])
+        return {}
+
+    monkeypatch.setattr(masked, "fit", fit)
+    monkeypatch.setattr(masked, "milliseconds", lambda judge, photos: 0.0)
+    photos = SimpleNamespace(train=torch.arange(3), validation=torch.tensor([3]), seed=7,
+                             scored=torch.arange(3, 6), device=seen.device, aurocs=lambda scores: {})
+    kept = masked.train_and_score(photos, "SMAE", masked.SMAE, 1, lambda index: seen[index], None,
+                                  0.5, True, 2)
+    torch.manual_seed(7)
+    model = masked.MaskedAutoencoder(5, 16).eval()
+
+    def errors(x, visible):
+        """(16,), None where the token is visible."""
+        with torch.no_grad():
+            guess = model(x[None], visible[None])[0]
+        return [None if i in visible.tolist() else float((guess[i] - x[i]).square().mean())
+                for i in range(16)]
+
+    halves = masked.splits(2, 16, 0.5, True, seeded("a step"))
+    each = [errors(seen[photo], half) for photo, half in zip((0, 0, 2, 2), halves)]
+    hidden = [one for row in each for one in row if one is not None]
+    assert len(hidden) == 4 * 8 and found["loss"] == pytest.approx(np.mean(hidden), rel=1e-5)
+    masks, maps = masked.splits(2, 16, 0.5, True, seeded(7, "smae scoring")), []
+    for x in seen[3:]:
+        each = [errors(x, mask) for mask in masks]
+        maps.append([np.mean([row[i] for row in each if row[i] is not None]) for i in range(16)])
+    assert kept["scores"]["SMAE"] == pytest.approx([max(one) for one in maps], rel=1e-5)
+    assert found["look"] == pytest.approx(np.mean(maps[0]), rel=1e-5)

@@ -71,6 +71,18 @@ def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_the_last_twentieth_has_a_tenth_of_the_rate(tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def recorded(self, *args, **more):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    start(tmp_path)[1]()
+    assert rates == [0.05] * 38 + [pytest.approx(0.005)] * 2
+
+
 def test_it_ends_where_the_loss_has_settled(tmp_path):
     model, fit, loss = start(tmp_path, steps=1000, every=2)
     constant = next(model.parameters())
