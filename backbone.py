@@ -2,8 +2,7 @@
 
 It is not LADMIM's own. A PDN sees 33 pixels, every 4 pixels, and never any padding. Its output is
 averaged to grid x grid tokens of d0 = 384 channels. There is no augmentation, so each photo's
-features are computed once and kept, as float16, in the cache.
-"""
+features are computed once and kept, as float16, in the cache."""
 from __future__ import annotations
 
 import hashlib
@@ -371,6 +370,11 @@ def load_data_set(job: Job):
     if deep:
         data.say(f"depth: {len(deep)} training photos have more than 8 bits, {white} is white (of "
                  "16-bit colour the upper 8 bits are read)")
+        tops = {name: max(deep.get(photo.path, 0) for photo in photos if photo.category == name)
+                for name in job.names}
+        if len({*tops.values()} - {0}) > 1:
+            data.warn(["depth: " + ", ".join(f"{name} ends at {top}" for name, top in tops.items())
+                       + "; if their cameras differ, add --separate"])
     data.warn_of_depth([photo.path for photo in photos if photo.split != "train"], white)
     with first_process_first():
         seen, left, rows, fingerprint = find_features(photos, pdn, cfg.image_size, cfg.grid,

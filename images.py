@@ -18,8 +18,8 @@ from console import InputError, readable, warn
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".j2c", ".jpc",
             ".jpf", ".jpx", ".bmp", ".dib", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm",
             ".pbm", ".pnm", ".pfm", ".avif", ".avifs")
-# Photos that Pillow cannot read without a plug-in: a warning counts them.
-UNREAD = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw")
+# Photos that are not read, most because Pillow needs a plug-in: a warning counts them.
+UNREAD = (".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".tga")
 DRAWN = "LADMIM heat map"              # written into each, so that none is taken for a photo
 
 

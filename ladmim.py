@@ -12,8 +12,7 @@ the command `train`; `predict` is in predict.py. Equation numbers are the paper'
 N = 24*24 = 576 tokens, d0 = 384 channels, L = 4 levels, K = 512 codes a level, M = 64 masks.
 
     python ladmim.py train --category breakfast_box
-    python ladmim.py predict IMAGE_OR_FOLDER... --run RUN
-"""
+    python ladmim.py predict IMAGE_OR_FOLDER... --run RUN"""
 from __future__ import annotations
 
 import dataclasses
@@ -525,6 +524,10 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
     codes = torch.cat(codes)                                         # (n, L, N)
     if (codes < 0).any():
         raise InputError("mim training: HVQ-Trans gives NaN; train it with a smaller --hvq-lr")
+    for index in photos.by_category(n):
+        if cfg.codes > 1 and (codes[index] == codes[index[:1], :, :1]).all(0).all(1).any():
+            data.warn(["mim training: HVQ-Trans gives all photos one code at some level, so its "
+                       "histograms are all the same; try another --hvq-lr or more --hvq-epochs"])
     optimizer = adamw(mim, cfg.mim_lr, cfg.mim_weight_decay)
     first = run.resume("mim", cfg.mim_epochs, mim, optimizer)
 

@@ -59,7 +59,7 @@ def check_typed(typed: dict, cfg):
         idle["train_ratio"] = "--mask checkerboard"
     if cfg.tokenizer == "published" and not cfg.hvq_epochs:
         idle["hvq_dropout"] = "--hvq-epochs 0"       # in ladmim.HVQ it acts where codebooks start
-    if cfg.hvq_drop_at >= 1:
+    if cfg.hvq_drop_at * cfg.hvq_epochs > cfg.hvq_epochs - 1:        # no epoch is after it
         idle["hvq_drop"] = f"--hvq-drop-at {cfg.hvq_drop_at:g}"
     if cfg.mim_warmup >= cfg.mim_epochs:
         idle["mim_last_lr"] = f"--mim-warmup {cfg.mim_warmup} and --mim-epochs {cfg.mim_epochs}"
@@ -88,7 +88,8 @@ def check_settings(cfg, options: dict, side: int):
         if name in options:
             check(name, value in options[name], f"must be one of {', '.join(options[name])}")
         if isinstance(value, float):
-            check(name, 0 <= value <= 10**6, "must be a number from 0 to 1000000")
+            check(name, 0 <= value <= 10**6 and (value or not name.endswith("clip")),
+                  "must be a number from 0 to 1000000, a clip above 0: 0 would stop all learning")
         if isinstance(value, int):
             least = 0 if name.endswith("epochs") or name == "mim_warmup" else 1
             check(name, least <= value <= 10**6, f"must be from {least} to 1000000")

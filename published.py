@@ -14,8 +14,7 @@ differs in what it quantises, in width, in its codebooks and in its blocks:
 
 Three things are not theirs: dropout acts on the branches only (on attention weights it would
 make a step slow on a CPU); a codebook moves once a batch of B photos, by 0.99^B, not once a photo;
-and only categories that are trained together have codebooks and an output layer each.
-"""
+and only categories that are trained together have codebooks and an output layer each."""
 from __future__ import annotations
 
 import torch

@@ -24,7 +24,8 @@ try:
 except ImportError:                      # Windows
     fcntl = None
 
-from data import RENDERED_MARK, InputError, Parser, tell, write_whole
+from data import (RENDERED_MARK, InputError, Parser, check_test_split, find_photos, tell,
+                  write_whole)
 from kernels.dispatch import use_triton
 from options import seed_list
 
@@ -80,6 +81,10 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
     for job in jobs:
         if args.out:
             job.out = args.out if len(jobs) == 1 else args.out / job.out.name
+    for job in jobs[1:]:                             # a mistake there is said before hours of work
+        begun_state(job, dataclasses.asdict(type(cfg)()))
+        for name in job.names:
+            check_test_split(find_photos(root, name, job.seed))
     return jobs
 
 

@@ -1,8 +1,7 @@
 """S_HVQ and S_MIM: the paper's means, the published code's maximum, and scores of our own.
 
 `--hvq-score` and `--mim-score` name them. What a score must know of good photos it learns from the
-training normals alone.
-"""
+training normals alone."""
 from __future__ import annotations
 
 import math

@@ -6,8 +6,7 @@
 `masking --together --mim-epochs 200` is Table 7's setting: one model for all categories. Trains
 what is missing, goes on with what was stopped, and prints the table, the paper's beside it.
 A row takes from the category's ordinary run each model that its settings do not change, so nothing
-is trained twice. Rows lie under runs/ablations, ordinary runs where `train` puts them.
-"""
+is trained twice. Rows lie under runs/ablations, ordinary runs where `train` puts them."""
 from __future__ import annotations
 
 import contextlib

@@ -11,8 +11,7 @@ colour jitter of the autoencoder's input, so the teacher's features are computed
 autoencoder has one convolution and three upsamplings less, with 3x3 kernels; the optimiser is
 AdamW, not Adam. The student sees one of 3x3 tiles of two photos a step, not a whole photo. The PDN
 pads nothing, so a student's output for a tile at a multiple of 4 pixels is its output for the photo
-there. Steps: until the validation loss has settled, at most the paper's 70,000.
-"""
+there. Steps: until the validation loss has settled, at most the paper's 70,000."""
 from __future__ import annotations
 
 import torch
@@ -115,11 +114,7 @@ def shrinkage(x: torch.Tensor) -> float:
     return float((noise / off).clamp(0, 1)) if off > 1e-12 * size else 1.0
 
 
-def run_name(width: float) -> str:
-    return "efficientad" if width == 1 else f"efficientad-{width:g}"
-
-
-def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
+def run(photos: Photos, steps: int | None = None, width: float = 1, name="efficientad") -> dict:
     """-> what bench/baselines.py keeps of both methods."""
     torch.manual_seed(photos.seed)
     model = EfficientAD(photos.size, width).to(photos.device, memory_format=torch.channels_last)
@@ -148,7 +143,7 @@ def run(photos: Photos, steps: int | None = None, width: float = 1) -> dict:
     def loss(batch, rng):
         return model.loss(photos.images(batch), teacher(batch), rng)
 
-    trained = fit(photos, run_name(width), model, PLAN, loss, look, steps)
+    trained = fit(photos, name, model, PLAN, loss, look, steps)
     with torch.inference_mode():
         local, wide, vectors, _ = look_at(photos.scored)
         normals = look_at(photos.train)[2]

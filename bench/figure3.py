@@ -1,8 +1,7 @@
 """Figure 3: AUROC against the size of a model, as a PNG: python bench/figure3.py --category a,b
 
 One model of all categories: LADMIM with ViTs, EfficientAD-S with students of four widths. Trains
-what is missing, as bench/ablations.py and bench/baselines.py do.
-"""
+what is missing, as bench/ablations.py and bench/baselines.py do."""
 from __future__ import annotations
 
 import io
@@ -45,8 +44,9 @@ def points(args) -> tuple[dict[str, list[tuple[float, float]]], str]:
     lock = runs.lock(ordinary / "rivals", "wait until it ends")
     photos = rival.Photos(evaluation.read_run(ordinary), args.cache)
     for width in WIDTHS:
-        kept = baselines.keep(photos, efficientad.run_name(width), lambda photos, steps:
-                              efficientad.run(photos, steps, width), args.steps)
+        name = "efficientad" if width == 1 else f"efficientad-{width:g}"
+        kept = baselines.keep(photos, name, lambda photos, steps:
+                              efficientad.run(photos, steps, width, name), args.steps)
         figures = photos.aurocs(kept["scores"]["EfficientAD-S"])
         theirs.append((kept["megabytes"], mean_auroc(list(figures.values()))))
     lock.close()

@@ -3,8 +3,7 @@
     python bench/localise.py                        every run under runs/
     python bench/localise.py RUN_OR_FOLDER ...      these only
 
-Reads each run's maps.npz and the data set's ground-truth masks.
-"""
+Reads each run's maps.npz and the data set's ground-truth masks."""
 from __future__ import annotations
 
 import sys

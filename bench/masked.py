@@ -8,8 +8,7 @@ MAEDAY (Schwartz et al. 2022) guesses pixels: patches of 16x16, a quarter of the
 over 32 masks. The original's autoencoder has learned ImageNet; this one starts from nothing.
 
 Both are scored with the same masks for every photo, drawn from the run's seed: a map of the mean
-error over the masks that hide a place, and the photo's score is the map's largest value.
-"""
+error over the masks that hide a place, and the photo's score is the map's largest value."""
 from __future__ import annotations
 
 import torch

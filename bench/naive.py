@@ -4,8 +4,7 @@ Nothing is cached, shared or left out: photos are decoded and sent through the b
 they are needed, scoring goes one mask of one photo at a time, and histograms and nearest codes are
 written as the equations read. What is not ours to improve is the same on both sides: the backbone,
 attention and the optimiser are PyTorch's, a training step works on a whole batch.
-tests/test_bench.py holds both sides to the same losses, codebooks and scores.
-"""
+tests/test_bench.py holds both sides to the same losses, codebooks and scores."""
 from __future__ import annotations
 
 from unittest.mock import patch

@@ -1,9 +1,9 @@
 """PatchCore, Roth et al. 2022: a photo is as anomalous as its patch that is farthest from a memory
 of normal patches.
 
-Simplified: one feature level, the PDN's last; the paper joins two of a ResNet. Without `average` a
-patch is one token, as in plain nearest neighbours.
-"""
+Simplified: one feature level, the PDN's last; the paper joins two of a ResNet. A patch is a token
+of the run, 12x12 of them with `tiny` (a finer grid may be better: bench/RESULTS.md), averaged with
+its neighbours; without `average` it is one token, as in plain nearest neighbours."""
 from __future__ import annotations
 
 import time

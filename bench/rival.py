@@ -21,8 +21,6 @@ import eval as evaluation
 import ladmim
 import runs
 
-VERSION = 2                             # of the rivals: what another one kept is refused
-
 
 class Photos:
     """A run's photos. They are numbered; train and scored hold the numbers of the training photos
@@ -133,6 +131,7 @@ class Plan:
     weight_decay: float
 
 
+VERSION = 2                             # of the rivals: what another one kept is refused
 PATIENCE, GAIN = 4, 0.01                # settled: PATIENCE looks in turn gained less than GAIN
 
 

@@ -2,8 +2,7 @@
 
 With a GPU the Triton kernels are measured, without one the torch paths. --naive instead times
 training and scoring the long way (bench/naive.py) against ours. Prints Markdown tables and writes
-them, and the numbers as JSON, to bench/results/.
-"""
+them, and the numbers as JSON, to bench/results/."""
 from __future__ import annotations
 
 import json

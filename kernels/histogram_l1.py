@@ -14,8 +14,7 @@ What moves through memory, in kB a row (one image, mask and level; K = 512 codes
            of an image share the codes. The histogram lives in shared memory. Where a gradient is
            wanted, the same pass writes it (2), and backward only scales it by what arrives (4).
   floor    The logits themselves: 2 forward, 8 with backward, so 2 and 8 ns a row at 1 TB/s. Below
-           some ten thousand rows a launch costs more, and one launch instead of a dozen counts.
-"""
+           some ten thousand rows a launch costs more, and one launch instead of a dozen counts."""
 
 from __future__ import annotations
 

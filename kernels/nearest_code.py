@@ -17,8 +17,7 @@ first term is the same for every code, so the nearest code has the largest score
   4. List the other rows (none where points lie near codes, 4 % where x and codes are unrelated
      Gaussians) and do them again: the codes scored within 2E of the best, two or three a row, are
      compared by float64 distances.
-The torch path does the same with float32 products; few rows take float64 ones, unshifted.
-"""
+The torch path does the same with float32 products; few rows take float64 ones, unshifted."""
 
 from __future__ import annotations
 

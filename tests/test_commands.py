@@ -77,6 +77,21 @@ def test_a_test_split_without_anomalies_is_refused_and_none_at_all_is_not(tmp_pa
     assert len(score_rows(tmp_path / "run")) == 4
 
 
+def test_a_mistake_in_a_later_run_is_said_before_the_first_is_trained(tmp_path):
+    """A category without good test photos, a folder that holds a run with other settings."""
+    make_photos(tmp_path / "photos", "bolts")
+    make_photos(tmp_path / "photos", "nuts", good=0)
+    both = [*TRAIN[:3], "--category", "bolts,nuts", *TRAIN[5:], "--separate", "--out", "both"]
+    assert "nuts: its test split has no good photos" in one_error(command(*both, cwd=tmp_path))
+    bolts = [*TRAIN[:3], "--category", "bolts", *TRAIN[5:], "--out"]
+    trained = command(*bolts, "seeds/bolts-tiny-seed1", "--seed", 1, "--masks", 5, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    error = one_error(command(*bolts, "seeds", "--seeds", "0-1", cwd=tmp_path))
+    assert "seed1: holds a run with masks = 5, asked for 4" in error
+    assert not (tmp_path / "both").exists()
+    assert [path.name for path in (tmp_path / "seeds").iterdir()] == ["bolts-tiny-seed1"]
+
+
 @pytest.mark.parametrize("args, names", [
     (["--category", "widgit"], "widgets"),
     (["--category", "widgets", "--data", "nowhere"], "nowhere"),
@@ -87,6 +102,8 @@ def test_a_test_split_without_anomalies_is_refused_and_none_at_all_is_not(tmp_pa
     (["--category", "widgets", "--grid", "7"], "--grid"),
     (["--category", "widgets", "--masks", "0"], "--masks"),
     (["--category", "widgets", "--hvq-lr", "nan"], "--hvq-lr"),
+    (["--category", "widgets", "--hvq-clip", "0"], "--hvq-clip"),
+    (["--category", "widgets", "--mim-clip", "0"], "--mim-clip"),
     (["--category", "widgets", "--hvq-heads", "5"], "--hvq-heads"),
     (["--category", "widgets", "--score-ratio", "1.5"], "--score-ratio"),
     (["--category", "empty"], "empty"),

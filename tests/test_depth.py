@@ -111,6 +111,23 @@ def test_a_run_keeps_its_depth_and_uses_it_everywhere(tmp_path):
     assert (sheets[0][:64, :64] == sheets[1][:64, :64]).all()
 
 
+@pytest.mark.parametrize("tops, warned", [((4095, 65535), True), ((4095, 4095), False),
+                                          ((4095, 255), False)])
+def test_categories_of_other_depths_in_one_model_are_named(tmp_path, tops, warned):
+    """A camera of 12 bits beside one of 16 would be dark without a word; 8 bits are read alike."""
+    rng = np.random.default_rng(0)
+    for name, top in zip(("bolts", "nuts"), tops):
+        for i in range(5):
+            values = rng.integers(0, top + 1, (64, 64))
+            deep(tmp_path / f"photos/{name}/train/good/{i}.tif",
+                 values.astype(np.uint8 if top == 255 else np.uint16))
+    result = command(*TRAIN[:3], "--category", "all", *TRAIN[5:], "--hvq-epochs", "0",
+                     "--mim-epochs", "0", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert ("depth: bolts ends at 4095, nuts ends at 65535; if" in result.stderr) == warned
+    assert ("ends at" in result.stderr) == warned
+
+
 def test_a_run_of_8_bits_reads_a_deeper_photo_by_its_format(trained, tmp_path):
     photo = trained[0] / "photos/widgets/test/good/000.png"
     grey = np.asarray(Image.open(photo).convert("L"))

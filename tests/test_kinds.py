@@ -88,12 +88,13 @@ def test_photos_that_are_passed_over_are_counted_in_one_line(tmp_path, capsys):
     for name in ("train/good/deeper/1.png", "train/bent/2.JPG", "test/good/x/y/3.tif"):
         picture(folder / name)
     (folder / "train/good/4.heic").write_bytes(b"x")
+    (folder / "train/good/6.tga").write_bytes(b"x")
     (folder / "train/good/5.png").symlink_to(tmp_path / "gone.png")
     [line] = lines()
-    assert "photos passed over: 5, such as" in line and str(folder / "test/good/x/y/3.tif") in line
+    assert "photos passed over: 6, such as" in line and str(folder / "test/good/x/y/3.tif") in line
     data.find_images([folder / "train"])
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"warning: {folder / 'train'}: photos passed over: 2, such as")
+    assert line.startswith(f"warning: {folder / 'train'}: photos passed over: 3, such as")
 
 
 def test_ground_truth_is_not_judged(tmp_path, capsys):

@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import TRAIN, command, make_photos
 from test_ladmim import SMALL
 
 import ladmim
@@ -144,3 +145,15 @@ def test_categories_with_codes_of_their_own_are_models_of_one_category():
             torch.testing.assert_close(one_categorys(hvq, number).state_dict()[name], expected)
     for name, expected in absent.state_dict().items():
         torch.testing.assert_close(one_categorys(hvq, 1).state_dict()[name], expected)
+
+
+@pytest.mark.parametrize("categories", [1, 2])
+def test_codes_that_are_all_the_same_are_named(tmp_path, categories):
+    """The ViT's histograms then say nothing, and its loss would look like perfect learning."""
+    for name in ("bolts", "nuts")[:categories]:
+        make_photos(tmp_path / "photos", name)
+    usual = [*TRAIN[:3], "--category", "all", *TRAIN[5:], "--hvq-epochs", "5", "--out"]
+    assert "one code" not in command(*usual, "usual", cwd=tmp_path).stderr
+    at = usual.index("--code-dim")
+    usual[at:at + 2] = ["--tokenizer", "published"]
+    assert "gives all photos one code" in command(*usual, "published", cwd=tmp_path).stderr

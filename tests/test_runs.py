@@ -111,7 +111,7 @@ IDLE = [("--codebook ema", "--tokenizer published"), ("--code-dim 8", "--tokeniz
         ("--ema-decay 0.9", "--hvq-epochs 0"), ("--mim-batch 4", "--mim-epochs 0"),
         ("--mask random", "--mim-epochs 0"), ("--train-ratio 0.5", "--mim-epochs 0"),
         ("--mim-warmup 2", "--mim-epochs 0"), ("--mim-dropout 0.2", "--mim-epochs 0"),
-        ("--hvq-drop 0.5", "--hvq-drop-at 1"),
+        ("--hvq-drop 0.5", "--hvq-drop-at 1"), ("--hvq-drop 0.5", "--hvq-drop-at 0.9995"),
         ("--hvq-dropout 0.2", "--tokenizer published --hvq-epochs 0")]
 
 

@@ -1,7 +1,6 @@
 """Writes the rendered twin of MVTec LOCO as files, in exactly its layout.
 
-    python twin/render.py --out DIR [--category all|NAME,NAME] [--train N ...] [--size] [--seed]
-"""
+    python twin/render.py --out DIR [--category all|NAME,NAME] [--train N ...] [--size] [--seed]"""
 import argparse
 import difflib
 import json

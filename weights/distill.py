@@ -4,8 +4,7 @@
 
 weights/README.md says how the shipped weights were made. The learning rate is constant, then falls
 to 0 within --decay steps, so the end need not be known in advance. FILE.part holds the constant
-part, so that a larger --steps goes on from there.
-"""
+part, so that a larger --steps goes on from there."""
 from __future__ import annotations
 
 import hashlib
