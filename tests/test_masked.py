@@ -122,7 +122,8 @@ def test_smaes_loss_and_scores_against_plain_loops(monkeypatch):
     monkeypatch.setattr(masked, "fit", fit)
     monkeypatch.setattr(masked, "milliseconds", lambda judge, photos: 0.0)
     photos = SimpleNamespace(train=torch.arange(3), validation=torch.tensor([3]), seed=7,
-                             scored=torch.arange(3, 6), device=seen.device, aurocs=lambda scores: {})
+                             scored=torch.arange(3, 6), device=seen.device,
+                             aurocs=lambda scores: {})
     kept = masked.train_and_score(photos, "SMAE", masked.SMAE, 1, lambda index: seen[index], None,
                                   0.5, True, 2)
     torch.manual_seed(7)
