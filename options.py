@@ -88,14 +88,15 @@ def check_settings(cfg, options: dict, side: int):
         if name in options:
             check(name, value in options[name], f"must be one of {', '.join(options[name])}")
         if isinstance(value, float):
-            check(name, 0 <= value <= 10**6 and (value or not name.endswith("clip")),
-                  "must be a number from 0 to 1000000, a clip above 0: 0 would stop all learning")
+            check(name, 0 <= value <= 10**6, "must be a number from 0 to 1000000")
         if isinstance(value, int):
             least = 0 if name.endswith("epochs") or name == "mim_warmup" else 1
             check(name, least <= value <= 10**6, f"must be from {least} to 1000000")
         if name.endswith(("_ratio", "_block")):
             check(name, 0 < value <= 1 and (name.endswith("_block") or round(value * tokens)),
                   f"a share of the {tokens} tokens, above 0 and at most 1; at least one token")
+        if name.endswith("clip"):
+            check(name, value > 0, "must be above 0: 0 would stop all learning")
         if name.endswith("dropout") or name == "ema_decay":
             check(name, value < 1, "must be below 1")
     for model in ("hvq", "mim"):
