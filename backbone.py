@@ -370,9 +370,9 @@ def load_data_set(job: Job):
     if deep:
         data.say(f"depth: {len(deep)} training photos have more than 8 bits, {white} is white (of "
                  "16-bit colour the upper 8 bits are read)")
-        tops = {name: max(deep.get(photo.path, 0) for photo in photos if photo.category == name)
-                for name in job.names}
-        if len({*tops.values()} - {0}) > 1:
+        tops = {name: top for name in job.names if (top := max(
+            deep.get(photo.path, 0) for photo in photos if photo.category == name))}
+        if len({*tops.values()}) > 1:
             data.warn(["depth: " + ", ".join(f"{name} ends at {top}" for name, top in tops.items())
                        + "; if their cameras differ, add --separate"])
     data.warn_of_depth([photo.path for photo in photos if photo.split != "train"], white)

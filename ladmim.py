@@ -524,7 +524,7 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
     codes = torch.cat(codes)                                         # (n, L, N)
     if (codes < 0).any():
         raise InputError("mim training: HVQ-Trans gives NaN; train it with a smaller --hvq-lr")
-    for index in photos.by_category(n):
+    for index in photos.by_category(n) if cfg.target in ("histogram", "code") else ():
         if cfg.codes > 1 and (codes[index] == codes[index[:1], :, :1]).all(0).all(1).any():
             data.warn(["mim training: HVQ-Trans gives all photos one code at some level, so its "
                        "histograms are all the same; try another --hvq-lr or more --hvq-epochs"])

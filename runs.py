@@ -69,7 +69,8 @@ class Job:
 
 
 def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> list[Job]:
-    """A run for each seed, with --separate for each category, too."""
+    """A run for each seed, with --separate for each category, too. Raises InputError for what is
+    wrong with the later ones, too."""
     called = "all" if args.category == "all" and not args.separate else ""
     groups = [[name] for name in names] if args.separate else [names]
     if args.separate and args.category != "all" and len(names) == 1:
@@ -83,8 +84,8 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
             job.out = args.out if len(jobs) == 1 else args.out / job.out.name
     for job in jobs[1:]:                             # a mistake there is said before hours of work
         begun_state(job, dataclasses.asdict(type(cfg)()))
-        for name in job.names:
-            check_test_split(find_photos(root, name, job.seed))
+    for name in names if len(jobs) > 1 else ():
+        check_test_split(find_photos(root, name, jobs[0].seed))
     return jobs
 
 

@@ -118,6 +118,7 @@ def test_categories_of_other_depths_in_one_model_are_named(tmp_path, tops, warne
     rng = np.random.default_rng(0)
     for name, top in zip(("bolts", "nuts"), tops):
         for i in range(5):
+            deep(tmp_path / f"photos/a/train/good/{i}.png", np.full((64, 64), 9 * i, np.uint8))
             values = rng.integers(0, top + 1, (64, 64))
             deep(tmp_path / f"photos/{name}/train/good/{i}.tif",
                  values.astype(np.uint8 if top == 255 else np.uint16))

@@ -157,3 +157,5 @@ def test_codes_that_are_all_the_same_are_named(tmp_path, categories):
     at = usual.index("--code-dim")
     usual[at:at + 2] = ["--tokenizer", "published"]
     assert "gives all photos one code" in command(*usual, "published", cwd=tmp_path).stderr
+    usual += ["features", "--target", "feature", "--mim-score", "deviations"]    # needs no codes
+    assert "one code" not in command(*usual, cwd=tmp_path).stderr
