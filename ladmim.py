@@ -443,9 +443,9 @@ def mim_error(mim: ViT, output, h0, mask, codes, pixels=None):
 
 # Training
 
-def adamw(model: nn.Module, lr: float, weight_decay: float):
+def adamw(model: nn.Module, lr: float, weight_decay: float, eps=1e-8):
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(trained, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def descend(optimizer, loss, mine, batch, clip: float):
@@ -528,7 +528,8 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
         if cfg.codes > 1 and (codes[index] == codes[index[:1], :, :1]).all(0).all(1).any():
             data.warn(["mim training: HVQ-Trans gives all photos one code at some level, so its "
                        "histograms are all the same; try another --hvq-lr or more --hvq-epochs"])
-    optimizer = adamw(mim, cfg.mim_lr, cfg.mim_weight_decay)
+    # Of `authors` both are 1/32: a mean over 32 photos then moves the weights as their sum does.
+    optimizer = adamw(mim, cfg.mim_lr, cfg.mim_weight_decay, eps=1e-8 * cfg.mim_clip)
     first = run.resume("mim", cfg.mim_epochs, mim, optimizer)
 
     with run.stoppable():

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import TRAIN, command, make_photos
+from conftest import TRAIN, checkpoint, command, make_photos, trains
 from test_ladmim import SMALL
 
 import ladmim
@@ -159,3 +159,22 @@ def test_codes_that_are_all_the_same_are_named(tmp_path, categories):
     assert "gives all photos one code" in command(*usual, "published", cwd=tmp_path).stderr
     usual += ["features", "--target", "feature", "--mim-score", "deviations"]    # needs no codes
     assert "one code" not in command(*usual, cwd=tmp_path).stderr
+
+
+def test_the_clipped_mean_moves_the_vit_as_the_published_sum(tmp_path, monkeypatch):
+    """Their loss is the sum over a batch of 32, clipped at 1, in an AdamW whose eps is 1e-8."""
+    make_photos(tmp_path / "photos", train=32)
+    usual = "--hvq-epochs 1 --mim-epochs 3 --mim-batch 32 --mim-layer-scale 1e-4".split()
+    trains(*usual, "--mim-clip", str(1 / 32), "--out", "mean", cwd=tmp_path)
+    real = ladmim.descend
+
+    def descend(optimizer, loss, mine, batch, clip):
+        if clip == 1:                                # the ViT's, not HVQ-Trans's
+            loss = loss * len(batch)
+        return real(optimizer, loss, mine, batch, clip)
+
+    monkeypatch.setattr(ladmim, "descend", descend)
+    trains(*usual, "--mim-clip", "1", "--out", "sum", cwd=tmp_path)
+    ours, theirs = (checkpoint(tmp_path / name)["mim"] for name in ("mean", "sum"))
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-6, rtol=0)
