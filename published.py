@@ -1,4 +1,4 @@
-"""HVQ-Trans as its authors ran it, for `--preset authors`: TSTB-dev/HVQ-Trans, commit ee24d2e.
+"""HVQ-Trans as in the published code, for `--preset authors`: TSTB-dev/HVQ-Trans, commit ee24d2e.
 
 `ladmim.HVQ` follows the paper's text. This is the tokenizer in LADMIM's published code, and it
 differs in what it quantises, in width, in its codebooks and in its blocks:
@@ -12,9 +12,10 @@ differs in what it quantises, in width, in its codebooks and in its blocks:
   blocks     Each norm stands after its branch, ReLU, learned positions of row and column on the
              queries and keys of every layer. The decoder starts from the codes of [h^3, z^4].
 
-Three things are not theirs: dropout acts on the branches only (on attention weights it would
-make a step slow on a CPU); a codebook moves once a batch of B photos, by 0.99^B, not once a photo;
-and only categories that are trained together have codebooks and an output layer each."""
+Four things are not theirs: dropout acts on the branches only (on attention weights it would make a
+step slow on a CPU); a codebook moves once a batch of B photos, by 0.99^B, not once a photo; layers
+start with weights of their own, theirs as copies of one; and only categories that are trained
+together have codebooks and an output layer each."""
 from __future__ import annotations
 
 import torch
