@@ -3,8 +3,6 @@
 It is not LADMIM's own. A PDN sees 33 pixels, every 4 pixels, and never any padding. Its output is
 averaged to grid x grid tokens of d0 = 384 channels. There is no augmentation, so each photo's
 features are computed once and kept, as float16, in the cache."""
-from __future__ import annotations
-
 import hashlib
 import io
 import math

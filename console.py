@@ -1,6 +1,4 @@
 """What every command does alike: its options, its errors in one line, its exit code, its output."""
-from __future__ import annotations
-
 import argparse
 import io
 import os

@@ -1,6 +1,4 @@
 """Photos for LADMIM: where data sets keep them, and what is odd about them."""
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

@@ -7,8 +7,6 @@
 Reads each run folder's config.json and scores.csv: one row for each validation and test image; the
 first part of its path is the category. Figures are fractions in the code and in the JSON, percent
 in the tables. The paper's figures are in bench/reported_results.json."""
-from __future__ import annotations
-
 import argparse
 import csv
 import io

@@ -1,6 +1,4 @@
 """Single images: which files count, how photos and masks are read, how many bits photos have."""
-from __future__ import annotations
-
 import io
 import os
 import re

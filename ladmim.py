@@ -13,9 +13,6 @@ N = 24*24 = 576 tokens, d0 = 384 channels, L = 4 levels, K = 512 codes a level, 
 
     python ladmim.py train --category breakfast_box
     python ladmim.py predict IMAGE_OR_FOLDER... --run RUN"""
-from __future__ import annotations
-
-import dataclasses
 import math
 import sys
 import time
@@ -256,8 +253,8 @@ class HVQ(nn.Module):
 
     @torch.no_grad()
     def count(self, psi, codes):
-        """Counts the codes in use and, with the EMA codebook, moves each code to the running mean
-        of its vectors."""
+        """Counts how often each code is used and, with the EMA codebook, moves it to the running
+        mean of its vectors."""
         count, total = torch.zeros_like(self.used), torch.zeros_like(self.ema_sum)
         for level in range(self.levels):
             index = codes[:, level].flatten().clamp(min=0)           # -1 where the loss is NaN
@@ -381,6 +378,7 @@ class ViT(nn.Module):
     def __init__(self, cfg: Config, d0: int):
         super().__init__()
         width, self.levels, self.codes = cfg.mim_width, cfg.levels, cfg.codes
+        outputs = {"feature": d0, "pixel": PATCH}.get(cfg.target, cfg.levels * cfg.codes)
         self.embed = nn.Linear(d0, width)
         self.e = nn.Parameter(torch.zeros(width))                    # stands for a masked token
         self.p = nn.Parameter(torch.zeros(width))                    # prediction token
@@ -388,8 +386,8 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(width, cfg.mim_heads, cfg.mim_dropout, cfg.mim_layer_scale)
             for _ in range(cfg.mim_blocks))
-        self.target, outputs = cfg.target, TARGETS[cfg.target][0](cfg, d0)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
+        self.target = cfg.target
 
     def forward(self, h0, mask):
         """Equations 8 and 9. h0 (B, N, d0), mask (M, N) for all images or (B, M, N) bool -> logits
@@ -410,21 +408,15 @@ class ViT(nn.Module):
         return logits.view(*mask.shape[:2], self.levels, self.codes)
 
 
-def code_error(output, h0, codes, pixels):
-    """Cross-entropy of each token's codes, summed over the levels, (B, M, N)."""
-    truth = codes.long().mT[:, None].expand(-1, output.shape[1], -1, -1)            # (B, M, N, L)
-    logits = output.unflatten(-1, (truth.shape[-1], -1)).permute(0, 4, 1, 2, 3)     # (B, K, ...)
-    return F.cross_entropy(logits, truth, reduction="none").sum(-1)
-
-
-# Target -> what the head gives, of (cfg, d0), and the error (B, M, N) of each token.
-TARGETS = {
-    "histogram": (lambda cfg, d0: cfg.levels * cfg.codes, None),
-    "code": (lambda cfg, d0: cfg.levels * cfg.codes, code_error),
-    "feature": (lambda cfg, d0: d0, lambda output, h0, codes, pixels:
-                (output - h0[:, None]).square().mean(-1)),
-    "pixel": (lambda cfg, d0: PATCH, lambda output, h0, codes, pixels:
-              (output - pixels[:, None]).square().mean(-1))}
+def token_error(target: str, output, h0, codes, pixels):
+    """The error of each token (B, M, N) with Table 8's other targets: cross-entropy of its codes,
+    summed over the levels, or squared error of its features or of its patch of the photo."""
+    if target == "code":
+        truth = codes.long().mT[:, None].expand(-1, output.shape[1], -1, -1)    # (B, M, N, L)
+        logits = output.unflatten(-1, (truth.shape[-1], -1)).movedim(-1, 1)     # (B, K, M, N, L)
+        return F.cross_entropy(logits, truth, reduction="none").sum(-1)
+    truth = h0 if target == "feature" else pixels
+    return (output - truth[:, None]).square().mean(-1)
 
 
 def mim_error(mim: ViT, output, h0, mask, codes, pixels=None):
@@ -437,7 +429,7 @@ def mim_error(mim: ViT, output, h0, mask, codes, pixels=None):
     if mim.target == "histogram":
         error = histogram_l1(output, codes, mask).sum(-1)
         return error, error[..., None] * mask
-    tokens = torch.where(mask, TARGETS[mim.target][1](output, h0, codes, pixels), 0)
+    tokens = torch.where(mask, token_error(mim.target, output, h0, codes, pixels), 0)
     return tokens.sum(-1) / mask.sum(-1), tokens
 
 
@@ -586,11 +578,6 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, own=None,
     return Errors(h0 - rebuilt, of_masks, of_tokens, histogram)
 
 
-OPTIONS = {"tokenizer": TOKENIZERS, "precision": ("fp32", "bf16"), "codebook": ("gradient", "ema"),
-           "category_codes": ("shared", "own"), "mask": MASKS, "target": TARGETS,
-           "hvq_score": HVQ_SCORES, "mim_score": MIM_SCORES}
-
-
 def kept_errors(cfg: Config, errors: Errors) -> list[torch.Tensor]:
     """What S_HVQ, S_MIM and the logical map need of them: three tensors (B, ...)."""
     return [HVQ_SCORES[cfg.hvq_score].keep(errors), MIM_SCORES[cfg.mim_score].keep(errors),
@@ -625,16 +612,23 @@ def learn_normal(cfg: Config, train, validation) -> dict:
 
 # The command `train`
 
+# The settings that are one of a few values.
+OPTIONS = {"tokenizer": TOKENIZERS, "precision": ("fp32", "bf16"), "codebook": ("gradient", "ema"),
+           "category_codes": ("shared", "own"), "mask": MASKS,
+           "target": ("histogram", "code", "feature", "pixel"), "hvq_score": HVQ_SCORES,
+           "mim_score": MIM_SCORES}
+
+
 def train_run(job: Job) -> int:
     """Photos, features, both trainings, scores, table. Exit code 1: a photo could not be read."""
-    cfg, defaults = job.cfg, dataclasses.asdict(Config())
-    runs.begun_state(job, defaults)                  # another run's folder is refused at once
+    cfg = job.cfg
+    runs.begun_state(job)                            # another run's folder is refused at once
     photos, n, features, fixed, bad = load_data_set(job)
     tested = data.digests(photos[n:], job.root)      # now: photos may change in training
-    run = Run(job, defaults)                         # no folder before the photos can be read
+    run = Run(job)                                   # no folder before the photos can be read
     run.hold(**fixed)
     if job.take and not run.state["stage"]:
-        run.take_over(job.take, defaults)
+        run.take_over(job)
     features.mean, features.std = (run.state[name].to(job.device) for name in ("mean", "std"))
     hvq = train_hvq(run, cfg, features, n)
     mim = train_mim(run, cfg, hvq, features, n)
@@ -666,7 +660,7 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
             cfg, [part[train] for part in kept], [part[validation] for part in kept])
         tested = [i for i in mine if photos[i].split != "train"]
         judged = judge(cfg, [part[tested] for part in kept], normal)
-        judged = {name: values.double() for name, values in judged.items()}
+        judged = {key: values.double() for key, values in judged.items()}
         s = standardise(normal, judged)
         scores = torch.stack([judged["hvq"], judged["mim"], s["score"]], 1).tolist()
         rows += [(photos[i], values) for i, values in zip(tested, scores)]

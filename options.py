@@ -1,6 +1,4 @@
 """What the options of `train` may be: settings that work together, and that do something."""
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

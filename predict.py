@@ -1,7 +1,5 @@
 """The command `predict`: a trained run's verdicts on photos, as lines, JSON, CSV and heat maps.
 Only lines and JSON go to standard output; all else goes to standard error."""
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -51,14 +49,15 @@ def worth(count: int, alarms: float) -> tuple[bool, str]:
 def pick_threshold(detector, args) -> tuple[float, str]:
     """The score above which a photo is an anomaly, and what it is worth."""
     asked, threshold = args.false_alarms, args.threshold
-    if threshold is not None and not math.isfinite(threshold):
-        raise InputError(f"--threshold {threshold}: must be a finite number")
+    if threshold is not None:
+        if not math.isfinite(threshold):
+            raise InputError(f"--threshold {threshold}: must be a finite number")
+        return threshold, "as given"
     if asked is not None and not 1e-6 <= asked < 0.5:
         raise InputError(f"--false-alarms {asked}: must be at least 1e-6 and below 0.5, as 0.01")
     whole = all((args.run / name).exists() for name in ("config.json", "scores.csv"))
-    if threshold is not None or not (asked or whole):
-        own = detector.normal["threshold"], "the run's own"
-        return own if threshold is None else (threshold, "as given")
+    if not (asked or whole):                         # the checkpoint alone is enough to predict
+        return detector.normal["threshold"], "the run's own"
     total, _, normals = evaluation.total_scores(evaluation.read_run(args.run), detector.category)
     enough, words = worth(normals.sum(), asked or ALARMS)
     if not asked:

@@ -16,8 +16,6 @@ Four things are not theirs: dropout acts on the branches only (on attention weig
 step slow on a CPU); a codebook moves once a batch of B photos, by 0.99^B, not once a photo, as then
 one or two codes a level stay in use; layers start with weights of their own, theirs as copies of
 one; and only categories that are trained together have codebooks and an output layer each."""
-from __future__ import annotations
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

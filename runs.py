@@ -1,6 +1,4 @@
 """Run folders: their settings, what a training keeps on disk, how it goes on; several processes."""
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -30,6 +28,7 @@ from kernels.dispatch import use_triton
 from options import seed_list
 
 FORMAT = 4                               # of checkpoint.pt
+SAVE_EVERY = 60.0                        # seconds between two checkpoints of a training
 NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two sittings of a run
 # The first set changes only the scores; the second, and all mim_ settings, the ViT. --take needs
 # all others to be equal.
@@ -67,6 +66,10 @@ class Job:
                 "preset": self.preset, "commit": git_commit(), "device": self.device.type,
                 "torch": str(torch.__version__), **dataclasses.asdict(self.cfg)}
 
+    def defaults(self) -> dict:
+        """Every setting's default: the config of an older run lacks settings that came later."""
+        return dataclasses.asdict(type(self.cfg)())
+
 
 def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> list[Job]:
     """A run for each seed, with --separate for each category, too. Raises InputError for what is
@@ -83,7 +86,7 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
         if args.out:
             job.out = args.out if len(jobs) == 1 else args.out / job.out.name
     for job in jobs[1:]:                             # a mistake there is said before hours of work
-        begun_state(job, dataclasses.asdict(type(cfg)()))
+        begun_state(job)
     for name in names if len(jobs) > 1 else ():
         check_test_split(find_photos(root, name, jobs[0].seed))
     return jobs
@@ -336,9 +339,9 @@ def lock(folder: Path, remedy="wait until it ends or choose another --out"):
     return file
 
 
-def begun_state(job: Job, defaults: dict) -> dict | None:
+def begun_state(job: Job) -> dict | None:
     """What the checkpoint in the job's folder holds, None where there is none. Raises InputError
-    where it is of a run with other settings. defaults: values of settings that came later."""
+    where it is of a run with other settings."""
     file = job.out / "checkpoint.pt"
     if not file.exists():
         if job.out.exists() and not job.out.is_dir():
@@ -354,7 +357,7 @@ def begun_state(job: Job, defaults: dict) -> dict | None:
                 raise InputError(f"--out {job.out}: holds a {name}, but no run; name another one")
         return None
     state = load_checkpoint(file)
-    held = defaults | state["config"]
+    held = job.defaults() | state["config"]
     for name, value in job.config().items():
         if name not in NOT_SETTINGS and held.get(name) != value:
             raise InputError(f"{job.out}: holds a run with {name} = {held.get(name)}, asked for "
@@ -369,13 +372,13 @@ class Run:
 
     FINISHED = {"hvq": ("hvq taken", "taken whole", "mim", "done"), "mim": ("taken whole", "done")}
 
-    def __init__(self, job: Job, defaults: dict, save_every: float = 60.0):
-        """Makes the folder, or goes on with the run that it holds. save_every: seconds."""
-        self.folder, self.seed, self.save_every = job.out, job.seed, save_every
+    def __init__(self, job: Job):
+        """Makes the folder, or goes on with the run that it holds."""
+        self.folder, self.seed = job.out, job.seed
         self.saved, self.asked_to_stop = time.monotonic(), False
         self.writes = processes()[0] == 0
         self.lock = lock(self.folder) if self.writes else None
-        self.state = begun_state(job, defaults) or {
+        self.state = begun_state(job) or {
             "format": FORMAT, "config": job.config(), "stage": "", "epoch": 0, "metrics": []}
         self.state["config"]["root"] = job.config()["root"]      # a data set may have moved
         if self.writes:
@@ -408,12 +411,12 @@ class Run:
                              "validation; choose another --out or delete the folder")
         self.state = fixed | self.state
 
-    def take_over(self, source: Path, defaults: dict):
-        """Starts this run with what a finished one has learned, as far as their settings agree:
-        HVQ-Trans, or both models."""
-        state, mine = load_finished(source, "--take"), self.state["config"]
-        held = defaults | state["config"]
-        differ = {name for name in defaults if held[name] != mine[name]}
+    def take_over(self, job: Job):
+        """Starts this run with what a finished one, job.take, has learned, as far as their settings
+        agree: HVQ-Trans, or both models."""
+        state, mine, usual = load_finished(job.take, "--take"), self.state["config"], job.defaults()
+        held = usual | state["config"]
+        differ = {name for name in usual if held[name] != mine[name]}
         others = {name for name in differ if not name.startswith("mim_")}
         why = ", ".join(sorted(others - SCORE_SETTINGS - VIT_SETTINGS))
         if held["seed"] != self.seed:
@@ -421,7 +424,7 @@ class Run:
         if state["fingerprint"] != self.state["fingerprint"]:
             why = why or "its photos or backbone"
         if why:
-            raise InputError(f"--take {source}: differs from this run in {why}; leave the option "
+            raise InputError(f"--take {job.take}: differs from this run in {why}; leave the option "
                              "out")
         stages = ("hvq",) if differ - SCORE_SETTINGS else ("hvq", "mim")
         self.state.update({part: state[part] for part in (*stages, "mean", "std")},
@@ -475,7 +478,7 @@ class Run:
         seconds = round(time.monotonic() - self.began, 3)
         self.log(stage=stage, epoch=done, loss=round(loss, 6), seconds=seconds, **more)
         self.progress(done, f"loss {loss:.4f}")
-        late = time.monotonic() - self.saved > self.save_every
+        late = time.monotonic() - self.saved > SAVE_EVERY
         if late or done == self.progress.total or self.stopping:
             self.save_stage(stage, done, model, optimizer)
         if self.stopping and as_first(True):         # which has saved: all wait

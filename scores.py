@@ -2,8 +2,6 @@
 
 `--hvq-score` and `--mim-score` name them. What a score must know of good photos it learns from the
 training normals alone."""
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -7,8 +7,6 @@
 what is missing, goes on with what was stopped, and prints the table, the paper's beside it.
 A row takes from the category's ordinary run each model that its settings do not change, so nothing
 is trained twice. Rows lie under runs/ablations, ordinary runs where `train` puts them."""
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

@@ -4,8 +4,6 @@ AUROC of two detectors that train no network: PatchCore, for texture and parts, 
 distance of a photo's mean token, for what is in it. With --teacher and --images also the share of
 each teacher map's variance that is a linear function of the backbone's channels, and the teachers'
 own AUROC. Exit code 1: a photo could not be read."""
-from __future__ import annotations
-
 import hashlib
 import sys
 from pathlib import Path

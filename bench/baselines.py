@@ -6,8 +6,6 @@
 
 What is finished is not done again: each rival keeps its scores in RUN/rivals. Ctrl-C stops; the
 same command goes on. Why SSM, SCADN, ComAD, GCAD, CSAD and PSAD are not here: bench/RESULTS.md."""
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

@@ -12,8 +12,6 @@ autoencoder has one convolution and three upsamplings less, with 3x3 kernels; th
 AdamW, not Adam. The student sees one of 3x3 tiles of two photos a step, not a whole photo. The PDN
 pads nothing, so a student's output for a tile at a multiple of 4 pixels is its output for the photo
 there. Steps: until the validation loss has settled, at most the paper's 70,000."""
-from __future__ import annotations
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

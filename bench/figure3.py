@@ -2,8 +2,6 @@
 
 One model of all categories: LADMIM with ViTs, EfficientAD-S with students of four widths. Trains
 what is missing, as bench/ablations.py and bench/baselines.py do."""
-from __future__ import annotations
-
 import io
 import math
 import sys

@@ -4,8 +4,6 @@
     python bench/localise.py RUN_OR_FOLDER ...      these only
 
 Reads each run's maps.npz and the data set's ground-truth masks."""
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -9,8 +9,6 @@ over 32 masks. The original's autoencoder has learned ImageNet; this one starts 
 
 Both are scored with the same masks for every photo, drawn from the run's seed: a map of the mean
 error over the masks that hide a place, and the photo's score is the map's largest value."""
-from __future__ import annotations
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -5,8 +5,6 @@ they are needed, scoring goes one mask of one photo at a time, and histograms an
 written as the equations read. What is not ours to improve is the same on both sides: the backbone,
 attention and the optimiser are PyTorch's, a training step works on a whole batch.
 tests/test_bench.py holds both sides to the same losses, codebooks and scores."""
-from __future__ import annotations
-
 from unittest.mock import patch
 
 import numpy as np

@@ -4,8 +4,6 @@ of normal patches.
 Simplified: one feature level, the PDN's last; the paper joins two of a ResNet. A patch is a token
 of the run, 12x12 of them with `tiny` (a finer grid may be better: bench/RESULTS.md), averaged with
 its neighbours; without `average` it is one token, as in plain nearest neighbours."""
-from __future__ import annotations
-
 import time
 
 import numpy as np

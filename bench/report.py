@@ -6,8 +6,6 @@
 The file has no scripts and loads nothing from the network. Of each category it shows the run with
 the lowest seed: the worst mistakes with the mask of the largest error and its histograms (the
 paper's Figure 5), and every test photo with both maps."""
-from __future__ import annotations
-
 import base64
 import html
 import io

@@ -3,8 +3,6 @@
 A rival is trained on the very photos of a finished run of LADMIM, one category or several at once,
 and keeps what it found in RUN/rivals: METHOD.json once it is done, METHOD.pt while it is trained.
 """
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, replace
@@ -100,10 +98,10 @@ def ladmim_megabytes(detector: ladmim.Detector) -> float:
                      *detector.normal.get("histograms", {}).values())
 
 
-def milliseconds(judge, photos: Photos, most: int = 32) -> float:
+def milliseconds(judge, photos: Photos) -> float:
     """An image's share of judge(images (8, S, S, 3) uint8), backbone included. A first, untimed
     call takes the costs that come once."""
-    images = photos.pixels[photos.scored[:most].numpy()]
+    images = photos.pixels[photos.scored[:32].numpy()]
     with torch.inference_mode():
         judge(images[:8])
         began = now(photos.device)
@@ -195,7 +193,7 @@ def fit(photos: Photos, name: str, model: nn.Module, plan: Plan, loss, look,
             if not state["settled"] and step < plan.steps and settled(losses):
                 state["settled"] = step
                 end = progress.total = last_step(plan, step)
-            if time.monotonic() - saved > 60:        # what has just given a finite loss
+            if time.monotonic() - saved > runs.SAVE_EVERY:   # what just gave a finite loss
                 state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 runs.save_tensors(file, state)
                 saved = time.monotonic()

@@ -3,8 +3,6 @@
 With a GPU the Triton kernels are measured, without one the torch paths. --naive instead times
 training and scoring the long way (bench/naive.py) against ours. Prints Markdown tables and writes
 them, and the numbers as JSON, to bench/results/."""
-from __future__ import annotations
-
 import json
 import math
 import os

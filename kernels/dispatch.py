@@ -1,7 +1,5 @@
 """Triton runs on CUDA tensors, torch on others; LADMIM_KERNELS=torch|triton forces one of them."""
 
-from __future__ import annotations
-
 import os
 from contextlib import AbstractContextManager, nullcontext
 

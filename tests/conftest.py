@@ -114,7 +114,7 @@ def small_job(folder, **settings):
 
 
 def new_run(folder, **settings):
-    return runs.Run(small_job(folder, **settings), dataclasses.asdict(ladmim.Config()))
+    return runs.Run(small_job(folder, **settings))
 
 
 # Imports ladmim.py once and forks a process for each entry of argv[1], [log, environment,

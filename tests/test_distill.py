@@ -281,7 +281,7 @@ def test_a_killed_distillation_ends_bit_for_bit_like_one_that_was_not(bank, corp
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "Progress", stopped)
-        patch.setattr(distill.distill, "__defaults__", (-1.0,))     # saves before every step
+        patch.setattr(runs, "SAVE_EVERY", -1)                # saves before every step
         code, _, err = command(capsys, *small(corpus, tmp_path / "halted.pt"))
     assert code == 130 and "goes on" in err and (tmp_path / "halted.pt.part").exists()
     code, _, err = command(capsys, *small(corpus, tmp_path / "halted.pt", "--lr", "1e-2"))
@@ -333,7 +333,7 @@ def test_a_bad_photo_costs_one_line(corpus, tmp_path, capsys):
 
 def test_a_loss_that_explodes_is_one_line_and_the_last_good_step_is_kept(corpus, tmp_path,
                                                                          monkeypatch, capsys):
-    monkeypatch.setattr(distill.distill, "__defaults__", (-1.0,))   # saves before every step
+    monkeypatch.setattr(runs, "SAVE_EVERY", -1)                    # saves before every step
     out = tmp_path / "w.pt"
     code, _, err = command(capsys, *small(corpus, out, "--steps", 60, "--lr", "1e9"))
     line = err.splitlines()[-1]

@@ -274,7 +274,7 @@ def test_a_killed_run_ends_bit_identical(trained, photos, stage, monkeypatch):
         if news["stage"] == stage and news["epoch"] == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.Run.__init__, "__defaults__", (0.0,))   # a checkpoint every epoch
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0)       # a checkpoint every epoch
     with monkeypatch.context() as patch:
         patch.setattr(runs.Run, "save", save_then_die)
         assert command(*TRAIN, "--out", "run", cwd=photos).returncode == 130
@@ -294,7 +294,7 @@ def test_a_checkpoint_is_written_once_a_minute_and_at_the_end_of_a_stage(photos,
     trains("--out", "seldom", cwd=photos)
     assert saved == [("hvq", 3), ("mim", 3), ("done", 3)]
     saved.clear()
-    monkeypatch.setattr(runs.Run.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0)
     trains("--out", "often", cwd=photos)
     assert saved == [*(("hvq", n) for n in (1, 2, 3)), *(("mim", n) for n in (1, 2, 3)),
                      ("done", 3)]

@@ -6,8 +6,6 @@
 The package's layers up to `mixed5` are marked not trainable: they are ImageNet's. The file is what
 `distill.py --teacher` takes; its maps are `mixed2` (stride 8) and `mixed5` (stride 16) of the photo
 enlarged by 299 / 224, the size that the network was trained on."""
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -5,8 +5,6 @@
 weights/README.md says how the shipped weights were made. The learning rate is constant, then falls
 to 0 within --decay steps, so the end need not be known in advance. FILE.part holds the constant
 part, so that a larger --steps goes on from there."""
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -223,7 +221,7 @@ def write_weights(out: Path, student: nn.Module):
     data.say(data.printable(f"weights: {out}"))
 
 
-def distill(args, save_every=60.0) -> int:
+def distill(args) -> int:
     """Trains a PDN to predict teachers' features. Exit code 1: a photo could not be read."""
     check(args)
     device = runs.pick_device(args.device)
@@ -252,7 +250,7 @@ def distill(args, save_every=60.0) -> int:
         with runs.in_precision(args.precision, device):
             guess = student(imagenet(x))
         loss = F.mse_loss(guess.float(), truth)
-        due = time.monotonic() - saved > save_every
+        due = time.monotonic() - saved > runs.SAVE_EVERY
         save = step == args.steps or (due and step < args.steps)
         if step % 20 == 0 or save:                   # a look at the loss waits for the GPU
             now = float(loss.detach())

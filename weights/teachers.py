@@ -1,6 +1,4 @@
 """What a backbone is distilled from and judged by: teachers' maps where it looks, and photos."""
-from __future__ import annotations
-
 import contextlib
 import io
 import tarfile
