@@ -97,9 +97,9 @@ PRESETS = {
     "authors": dict(                   # their tokenizer (`published.py`), widths and schedule
         tokenizer="published", codebook="ema", hvq_width=64, hvq_batch=8, hvq_score="norm",
         category_codes="own", mim_epochs=1000, mim_layer_scale=1e-4, mim_clip=1 / 32),
-    "fast": dict(                      # the same model, a shorter schedule: for one GPU
+    "fast": dict(                      # one GPU: fewer epochs, higher rates, another S_HVQ
         hvq_epochs=200, hvq_lr=4e-4, hvq_score="max", mim_epochs=150, mim_warmup=10, mim_lr=3e-4),
-    "tiny": dict(                      # a smaller model: two CPU cores, minutes
+    "tiny": dict(                      # two CPU cores, minutes: a smaller model, other scores
         grid=12, codes=32, code_dim=32, codebook="ema", hvq_width=128, hvq_heads=4, hvq_dropout=0.0,
         hvq_epochs=40, hvq_batch=4, hvq_lr=1e-3, hvq_score="deviations", mim_width=192,
         mim_blocks=3, mim_heads=4, mim_dropout=0.0, mim_epochs=50, mim_warmup=3, mim_batch=8,
@@ -578,10 +578,10 @@ def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, own=None,
     return Errors(h0 - rebuilt, of_masks, of_tokens, histogram)
 
 
-def kept_errors(cfg: Config, errors: Errors) -> list[torch.Tensor]:
+def kept_errors(cfg: Config, found: Errors) -> list[torch.Tensor]:
     """What S_HVQ, S_MIM and the logical map need of them: three tensors (B, ...)."""
-    return [HVQ_SCORES[cfg.hvq_score].keep(errors), MIM_SCORES[cfg.mim_score].keep(errors),
-            errors.of_tokens]
+    return [HVQ_SCORES[cfg.hvq_score].keep(found), MIM_SCORES[cfg.mim_score].keep(found),
+            found.of_tokens]
 
 
 def judge(cfg: Config, kept: list[torch.Tensor], normal: dict) -> dict:

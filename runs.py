@@ -380,7 +380,7 @@ class Run:
         self.lock = lock(self.folder) if self.writes else None
         self.state = begun_state(job) or {
             "format": FORMAT, "config": job.config(), "stage": "", "epoch": 0, "metrics": []}
-        self.state["config"]["root"] = job.config()["root"]      # a data set may have moved
+        self.state["config"]["root"] = os.path.realpath(job.root)    # a data set may have moved
         if self.writes:
             write_whole(self.folder / "config.json",
                         (json.dumps(self.state["config"], indent=1) + "\n").encode())
