@@ -3,6 +3,7 @@
 SMAE (Yao et al. 2022: siamese transition masked autoencoders) guesses the PDN's features. The
 tokens are split in two halves at random. Two branches with the same weights each see one half and
 guess the other. The original maps the latent codes of one half to the other; here the decoder does.
+Loss and score are the squared error alone; a public re-implementation has the cosine in both.
 
 MAEDAY (Schwartz et al. 2022) guesses pixels: patches of 16x16, a quarter of them visible. Error
 over 32 masks. The original's autoencoder has learned ImageNet; this one starts from nothing.
