@@ -520,7 +520,7 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
         if cfg.codes > 1 and (codes[index] == codes[index[:1], :, :1]).all(0).all(1).any():
             data.warn(["mim training: HVQ-Trans gives all photos one code at some level, so its "
                        "histograms are all the same; try another --hvq-lr or more --hvq-epochs"])
-    # Of `authors` both are 1/32: a mean over 32 photos then moves the weights as their sum does.
+    # eps follows the clip: with 1/32 (`authors`) a mean over 32 photos moves the weights as a sum.
     optimizer = adamw(mim, cfg.mim_lr, cfg.mim_weight_decay, eps=1e-8 * cfg.mim_clip)
     first = run.resume("mim", cfg.mim_epochs, mim, optimizer)
 

@@ -13,9 +13,9 @@ differs in what it quantises, in width, in its codebooks and in its blocks:
              queries and keys of every layer. The decoder starts from the codes of [h^3, z^4].
 
 Four things are not theirs: dropout acts on the branches only (on attention weights it would make a
-step slow on a CPU); a codebook moves once a batch of B photos, by 0.99^B, not once a photo, as then
-one or two codes a level stay in use; layers start with weights of their own, theirs as copies of
-one; and only categories that are trained together have codebooks and an output layer each."""
+step slow on a CPU); a codebook moves once a batch of B photos, by 0.99^B, not once a photo (in our
+trial one or two codes a level were left); layers start with weights of their own, theirs as copies
+of one; and only categories that are trained together have codebooks and an output layer each."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
