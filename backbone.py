@@ -64,8 +64,7 @@ def overlay(photo: Image.Image, tokens, image_size: int) -> Image.Image:
 
 def save_heatmap(file: Path, path: Path, tokens: np.ndarray, image_size: int, verdict: str,
                  white: int = 0):
-    """Draws the photo at `path`, at most 1024 pixels a side, beside its heat map (N,), and the
-    verdict below."""
+    """Draws the photo at `path`, 1024 pixels a side at most, its heat map (N,) and the verdict."""
     photo, grid = data.open_image(path, white), math.isqrt(tokens.size)
     photo.thumbnail((1024, 1024))
     text = max(16, photo.height // 16)               # pixels
@@ -175,10 +174,10 @@ def look(pdn: nn.Module, images: np.ndarray, grid: int, pixels: bool, device,
 
 
 class Features:
-    """What the models see of n photos. seen (n, N, d0), or (n, N, d0 + 48) with patches, as `look`
-    gives it; mean and std (d0,) of the training photos standardise each channel; rows (n,): where
-    each photo lies in seen; numbers (n,): of each photo's category, where each of the `categories`
-    has codebooks of its own."""
+    """What the models see of n photos. seen: (N, d0), or (N, d0 + 48) with patches, for each photo
+    found, as `look` gives it; mean and std (d0,) of the training photos standardise each channel;
+    rows (n,): where each photo lies in seen; numbers (n,): of each photo's category, where each of
+    the `categories` has codebooks of its own."""
 
     def __init__(self, seen: torch.Tensor, mean, std, device, rows: torch.Tensor | None = None,
                  numbers: torch.Tensor | None = None, categories: int = 1):
@@ -261,7 +260,7 @@ def photo_digests(paths: list[Path]) -> list[bytes]:
 
 def load_features(file: Path, shape: tuple) -> np.ndarray:
     """The features in `file`, mapped. Raises OSError or ValueError where they are not whole."""
-    features = np.memmap(file, np.float16, "c", shape=shape)   # "c": torch wants a writable array
+    features = np.memmap(file, np.float16, "r", shape=shape)   # "c" would count as memory
     with open(file, "rb") as opened:
         opened.seek(features.nbytes)
         if opened.read() != hashlib.blake2b(features, key=file.stem.encode()).digest():
@@ -379,8 +378,8 @@ def load_data_set(job: Job):
                                                       cfg.target == "pixel", device, job.cache,
                                                       white, cfg.precision)
     n = sum(photo.split == "train" for photo in left)
-    if seen.nbytes < 2 ** 33:                        # more stays here, and travels batch by batch
-        seen = seen.to(device)
+    if device.type == "cuda" and seen.nbytes < torch.cuda.mem_get_info()[0] / 2:
+        seen = seen.to(device)                       # more stays here, and travels batch by batch
     mean, std = channel_statistics(seen, rows[:n])
     fixed = {"fingerprint": fingerprint, "pdn": pdn.state_dict(), "mean": mean.cpu(),
              "std": std.cpu(), "white": white}

@@ -84,6 +84,7 @@ def run_command(command, stopped="stopped; the same command goes on with what wa
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"PIL\.")   # bad files are named instead
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")   # cache
                 code = command()
         except SystemExit as stop:                   # of --help
             code = stop.code or 0

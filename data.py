@@ -272,8 +272,7 @@ def passed_over(folder: Path, files, taken) -> list[str]:
 
 
 def flat_names(paths: list[Path]) -> list[str]:
-    """A file name without suffix for each path, no two alike: the folders that not all of them
-    share, then its name."""
+    """A name for each path, no two alike: the folders that not all share, its name, no suffix."""
     parts = [Path(os.path.abspath(path)).with_suffix("").parts[1:] for path in paths]
     shared = len(os.path.commonprefix([folders[:-1] for folders in parts]))
     names = {}                                     # by lower case: some file systems ignore case

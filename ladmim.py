@@ -53,7 +53,7 @@ class Config:
     levels: int = 4                    # L
     codes: int = 512                   # K
     code_dim: int = 64                 # dq [published code]
-    hvq_width: int = 256               # d [ours]
+    hvq_width: int = 256               # d [RuiyingLu/HVQ-Trans; TSTB-dev's: 64]
     hvq_heads: int = 8                 # [HVQ-Trans]
     hvq_dropout: float = 0.1           # [HVQ-Trans]
     codebook: str = "gradient"         # equation 7; "ema" [HVQ-Trans]
@@ -211,8 +211,10 @@ class HVQ(nn.Module):
         return h[1:]
 
     def quantise(self, h, own=None):
-        """Equations 3 and 4, the top level first. -> what each psi^l gives and z^l, which carries
-        straight-through gradients, L tensors (B, N, dq) each, and the codes i (B, L, N)."""
+        """Equations 3 and 4, the top level first. As printed, 4 takes h^(l-1) and conditions z^l on
+        itself; here z^l sees h^l and z^L. -> what each psi^l gives and z^l, which carries
+        straight-through gradients, L tensors (B, N, dq) each, and the codes i (B, L, N), those of
+        category c from c K on."""
         top = self.levels - 1
         psi, z, codes = [None] * self.levels, [None] * self.levels, [None] * self.levels
         for level in (top, *range(top)):
@@ -240,7 +242,8 @@ class HVQ(nn.Module):
         return self.decode(z, own), codes.fmod(self.codes)            # -1, for NaN, stays
 
     def loss(self, h0, own=None):
-        """Equation 7: feature error, and for every level the codebook and the commitment term."""
+        """Equation 7: feature error, and for every level the codebook and the commitment term. Also
+        counts the codes; with "ema" that moves the codebooks, and stands for the codebook term."""
         psi, z, codes = self.quantise(self.encode(h0), own)
         loss = F.mse_loss(self.decode(z, own), h0)
         for level in range(self.levels):
@@ -253,8 +256,7 @@ class HVQ(nn.Module):
 
     @torch.no_grad()
     def count(self, psi, codes):
-        """Counts how often each code is used and, with the EMA codebook, moves it to the running
-        mean of its vectors."""
+        """Counts each code's uses; the EMA codebook moves to the running mean of its vectors."""
         count, total = torch.zeros_like(self.used), torch.zeros_like(self.ema_sum)
         for level in range(self.levels):
             index = codes[:, level].flatten().clamp(min=0)           # -1 where the loss is NaN
@@ -319,9 +321,9 @@ TOKENIZERS = {"paper": HVQ, "published": PublishedHVQ}
 # Masks
 
 def block_masks(n: int, grid: int, count: int, least: int, generator) -> torch.Tensor:
-    """BEiT's blockwise masking, n masks at once -> (n, N) bool, each with exactly `count` tokens:
+    """Blockwise masking, n masks at once -> (n, N) bool, each with exactly `count` tokens:
     rectangles of about `least` tokens or more with log-uniform aspect in [0.3, 1/0.3] are added at
-    uniform positions; the last one is cut to fit."""
+    uniform positions. One too large for the grid is shrunk, the last one cut; BEiT rejects them."""
     def uniform(low, high):
         return low + (high - low) * torch.rand(n, generator=generator)
 
@@ -452,43 +454,44 @@ def descend(optimizer, loss, mine, batch, clip: float):
     return loss.detach() * len(mine) if len(mine) else 0
 
 
-def train_hvq(run: Run, cfg: Config, photos: Features, n: int) -> HVQ:
+def train_hvq(run: Run, cfg: Config, features: Features, n: int) -> HVQ:
     """Trains HVQ-Trans on the first n photos, by equation 7."""
     torch.manual_seed(run.seed)
-    hvq = TOKENIZERS[cfg.tokenizer](cfg, len(photos.mean), photos.categories).to(photos.device)
+    device = features.device
+    hvq = TOKENIZERS[cfg.tokenizer](cfg, len(features.mean), features.categories).to(device)
     if run.has_trained("hvq", hvq):
         return hvq
     revival = cfg.tokenizer == "paper"
     if revival and not run.state["stage"]:
         rng = seeded(run.seed, "codebooks")
-        for category, index in enumerate(photos.by_category(n)):
+        for category, index in enumerate(features.by_category(n)):
             some = index[torch.randperm(len(index), generator=rng)[:64]]
-            hvq.start_codebooks(photos.h0(some), rng, category)
+            hvq.start_codebooks(features.h0(some), rng, category)
     optimizer = adamw(hvq, cfg.hvq_lr, cfg.hvq_weight_decay)
     first = run.resume("hvq", cfg.hvq_epochs, hvq, optimizer)
     drop = min(1, cfg.hvq_drop_at) * cfg.hvq_epochs  # from this epoch on, the rate is low
 
     with run.stoppable():
         for epoch in range(first, cfg.hvq_epochs):
-            rng, total = run.begin_epoch("hvq", epoch, hvq), torch.zeros((), device=photos.device)
+            rng, total = run.begin_epoch("hvq", epoch, hvq), torch.zeros((), device=device)
             optimizer.param_groups[0]["lr"] = cfg.hvq_lr * (cfg.hvq_drop if epoch >= drop else 1.0)
-            for batch in torch.randperm(n, generator=rng).to(photos.device).split(cfg.hvq_batch):
+            for batch in torch.randperm(n, generator=rng).to(device).split(cfg.hvq_batch):
                 mine = share(batch)                  # may be empty: codes are counted together
-                with in_precision(cfg.precision, photos.device):
-                    loss = hvq.loss(photos.h0(mine), photos.own(mine))
+                with in_precision(cfg.precision, device):
+                    loss = hvq.loss(features.h0(mine), features.own(mine))
                 total += descend(optimizer, loss, mine, batch, cfg.hvq_clip)
             loss = run.mean_loss("hvq", epoch, total, n)
             used, perplexity = usage(hvq.used.view(-1, cfg.codes))   # level by level
             if revival and 1 in used and cfg.codes > 1:      # all its histograms are the same
-                level = used.index(1) // photos.categories + 1
+                level = used.index(1) // features.categories + 1
                 raise InputError(f"hvq training: level {level} uses one code in epoch {epoch + 1}; "
                                  "the last good checkpoint is kept; try a smaller --hvq-lr, more "
                                  "training photos or, if it is not set, --codebook ema")
-            if revival and epoch < drop - 1:         # later, a new code has no time to converge
+            if revival and epoch + 1 < drop:         # a new code needs an epoch at the high rate
                 rng = seeded(run.seed, "revive", epoch)
-                for category, index in enumerate(photos.by_category(n)):
+                for category, index in enumerate(features.by_category(n)):
                     some = index[torch.randperm(len(index), generator=rng)[:cfg.hvq_batch]]
-                    hvq.revive(photos.h0(some), rng, category)
+                    hvq.revive(features.h0(some), rng, category)
             hvq.used.zero_()
             run.end_epoch("hvq", epoch + 1, loss, hvq, optimizer, codes_used=used,
                           perplexity=perplexity)
@@ -503,24 +506,25 @@ def mim_rate(cfg: Config, epoch: float) -> float:
     return cfg.mim_last_lr + (cfg.mim_lr - cfg.mim_last_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
-    """Trains the ViT on the first n photos, by equation 12. The frozen HVQ-Trans tokenises once."""
+def train_mim(run: Run, cfg: Config, hvq: HVQ, features: Features, n: int) -> ViT:
+    """Trains the ViT on the first n photos, by `mim_error`. The frozen HVQ-Trans tokenises once."""
     torch.manual_seed(run.seed)
-    device, codes = photos.device, []
-    mim = ViT(cfg, len(photos.mean)).to(device)
+    device, codes = features.device, []
+    mim = ViT(cfg, len(features.mean)).to(device)
     if run.has_trained("mim", mim):
         return mim
     with torch.inference_mode(), in_precision(cfg.precision, device):
         for batch in torch.arange(n, device=device).split(cfg.hvq_batch):
-            codes.append(hvq(photos.h0(batch), photos.own(batch))[1].to(torch.int16))
+            codes.append(hvq(features.h0(batch), features.own(batch))[1].to(torch.int16))
     codes = torch.cat(codes)                                         # (n, L, N)
     if (codes < 0).any():
         raise InputError("mim training: HVQ-Trans gives NaN; train it with a smaller --hvq-lr")
-    for index in photos.by_category(n) if cfg.target in ("histogram", "code") else ():
+    for index in features.by_category(n) if cfg.target in ("histogram", "code") else ():
         if cfg.codes > 1 and (codes[index] == codes[index[:1], :, :1]).all(0).all(1).any():
             data.warn(["mim training: HVQ-Trans gives all photos one code at some level, so its "
                        "histograms are all the same; try another --hvq-lr or more --hvq-epochs"])
-    # eps follows the clip: with 1/32 (`authors`) a mean over 32 photos moves the weights as a sum.
+    # With `authors` the mean over 32 photos is to move the weights as the published sum: its
+    # gradient is 1/32 of the sum's, and so are the clip and eps.
     optimizer = adamw(mim, cfg.mim_lr, cfg.mim_weight_decay, eps=1e-8 * cfg.mim_clip)
     first = run.resume("mim", cfg.mim_epochs, mim, optimizer)
 
@@ -532,10 +536,10 @@ def train_mim(run: Run, cfg: Config, hvq: HVQ, photos: Features, n: int) -> ViT:
             for i, batch in enumerate(batches):
                 optimizer.param_groups[0]["lr"] = mim_rate(cfg, epoch + i / len(batches))
                 mine = share(batch)
-                h0, mask = photos.h0(mine), masks[mine]
+                h0, mask = features.h0(mine), masks[mine]
                 with in_precision(cfg.precision, device):
                     loss = mim_error(mim, mim(h0, mask), h0, mask, codes[mine],
-                                     photos.pixels(mine))[0].mean()
+                                     features.pixels(mine))[0].mean()
                 total += descend(optimizer, loss, mine, batch, cfg.mim_clip)
             loss = run.mean_loss("mim", epoch, total, n)
             run.end_epoch("mim", epoch + 1, loss, mim, optimizer)
@@ -557,8 +561,7 @@ class Errors:
 def errors(hvq: HVQ, mim: ViT, cfg: Config, h0, masks, pixels=None, own=None,
            budget: int = 0) -> Errors:
     """h0 (B, N, d0), masks (M, N), pixels (B, N, 48) where they are the target, own (B,) as HVQ has
-    it. budget: bytes that one activation of the ViT may take; by default a CPU's cache, or what
-    fills a GPU."""
+    it. budget: bytes for one (B, M, N, width) of the ViT; 0: a CPU's cache, or what fills a GPU."""
     budget = budget or (2 ** 27 if h0.is_cuda else 2 ** 23)
     width = max(cfg.mim_width, 0 if cfg.target == "histogram" else mim.head.out_features)
     step = max(1, budget // max(1, len(h0) * h0.shape[1] * width * 4))     # masks at once
@@ -586,12 +589,13 @@ def kept_errors(cfg: Config, found: Errors) -> list[torch.Tensor]:
 
 def judge(cfg: Config, kept: list[torch.Tensor], normal: dict) -> dict:
     """-> S_HVQ "hvq" and S_MIM "mim" (B,), their maps "hvq_map", "mim_map" (B, N)."""
-    s_hvq, hvq_map = HVQ_SCORES[cfg.hvq_score].judge(kept[0], normal)
-    s_mim, mim_map = MIM_SCORES[cfg.mim_score].judge(kept[1], kept[2], normal)
+    of_hvq, of_mim, of_tokens = kept                 # in the order of `kept_errors`
+    s_hvq, hvq_map = HVQ_SCORES[cfg.hvq_score].judge(of_hvq, normal)
+    s_mim, mim_map = MIM_SCORES[cfg.mim_score].judge(of_mim, of_tokens, normal)
     return {"hvq": s_hvq, "mim": s_mim, "hvq_map": hvq_map, "mim_map": mim_map}
 
 
-def standardise(normal: dict, judged: dict) -> dict:
+def final_scores(normal: dict, judged: dict) -> dict:
     """S'_HVQ, S'_MIM and their maps, by the validation normals' mean and std; the final score
     S = S'_HVQ + S'_MIM as "score", and the sum of the maps as "heat"."""
     s = {name: (values - normal[name][0]) / normal[name][1] for name, values in judged.items()}
@@ -603,11 +607,11 @@ def learn_normal(cfg: Config, train, validation) -> dict:
     photos play no part. Mean and std of both scores and maps, the threshold of the final score,
     and what the scores themselves learn."""
     normal, scores = {}, (HVQ_SCORES[cfg.hvq_score], MIM_SCORES[cfg.mim_score])
-    for score, of_train in zip(scores, train):
+    for score, of_train in zip(scores, train[:2]):   # the tokens' errors only make the map
         normal |= score.learn(of_train) if score.learn else {}
     judged = judge(cfg, validation, normal)
     normal |= {name: evaluation.moments(values.double().numpy()) for name, values in judged.items()}
-    return normal | {"threshold": evaluation.threshold(standardise(normal, judged)["score"])}
+    return normal | {"threshold": evaluation.threshold(final_scores(normal, judged)["score"])}
 
 
 # The command `train`
@@ -629,12 +633,13 @@ def train_run(job: Job) -> int:
     run.hold(**fixed)
     if job.take and not run.state["stage"]:
         run.take_over(job)
+    # A begun run keeps the moments it began with; with --take they are the other run's.
     features.mean, features.std = (run.state[name].to(job.device) for name in ("mean", "std"))
     hvq = train_hvq(run, cfg, features, n)
     mim = train_mim(run, cfg, hvq, features, n)
     if runs.as_first(run.state["stage"] != "done" or run.state.get("tested") != tested
                      or evaluation.scored_paths(job.out) != tested.keys()):
-        run.state["tested"] = tested
+        run.state["tested"] = tested                 # otherwise these photos have their scores
         score_photos(run, job, photos, hvq, mim, features)
     if run.writes:
         data.say(f"run: {data.printable(str(run.folder))}\n{evaluation.run_table(run.folder)}\n"
@@ -647,21 +652,20 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
     maps.npz and the final checkpoint."""
     cfg, began, masks = job.cfg, time.monotonic(), scoring_masks(job.cfg, job.seed, job.device)
     learns = HVQ_SCORES[cfg.hvq_score].learn or MIM_SCORES[cfg.mim_score].learn
-    numbers = [i for i, photo in enumerate(photos) if learns or photo.split != "train"]
-    kept = all_errors(hvq, mim, cfg, features, torch.tensor(numbers), masks)
-    photos = [photos[i] for i in numbers]
+    chosen = [i for i, photo in enumerate(photos) if learns or photo.split != "train"]
+    kept = all_errors(hvq, mim, cfg, features, torch.tensor(chosen), masks)
+    photos = [photos[i] for i in chosen]
 
     rows, maps, run.state["calibration"] = [], [], {}
     for name in sorted({photo.category for photo in photos}):
-        mine = [i for i, photo in enumerate(photos) if photo.category == name]
-        train, validation = ([i for i in mine if photos[i].split == split]
-                             for split in ("train", "validation"))
+        train, validation, test = ([i for i, photo in enumerate(photos) if photo.category == name
+                                    and photo.split == split] for split in data.SPLITS)
         normal = run.state["calibration"][name] = learn_normal(
             cfg, [part[train] for part in kept], [part[validation] for part in kept])
-        tested = [i for i in mine if photos[i].split != "train"]
+        tested = validation + test
         judged = judge(cfg, [part[tested] for part in kept], normal)
         judged = {key: values.double() for key, values in judged.items()}
-        s = standardise(normal, judged)
+        s = final_scores(normal, judged)
         scores = torch.stack([judged["hvq"], judged["mim"], s["score"]], 1).tolist()
         rows += [(photos[i], values) for i, values in zip(tested, scores)]
         maps.append(torch.stack([s["hvq_map"], s["mim_map"]], 1))    # (n, 2, N)
@@ -672,13 +676,14 @@ def score_photos(run: Run, job: Job, photos: list, hvq: HVQ, mim: ViT, features:
     run.save(stage="done", optimizer=None)
 
 
-def all_errors(hvq: HVQ, mim: ViT, cfg: Config, photos: Features, index, masks, batch: int = 8):
+def all_errors(hvq: HVQ, mim: ViT, cfg: Config, features: Features, index, masks, batch: int = 8):
     """`kept_errors` of the photos numbered by index, on the CPU."""
     progress, (rank, size) = Progress("scoring", len(index), "photos"), processes()
     kept, starts = None, range(0, len(index), batch)[rank::size]
     for start in starts or [len(index)]:             # a process without photos only takes part
         some = index[start:start + batch].to(masks.device)
-        found = errors(hvq, mim, cfg, photos.h0(some), masks, photos.pixels(some), photos.own(some))
+        found = errors(hvq, mim, cfg, features.h0(some), masks, features.pixels(some),
+                       features.own(some))
         new = kept_errors(cfg, found)
         kept = kept or [part.new_zeros(len(index), *part.shape[1:]) for part in new]
         for part, values in zip(kept, new):
@@ -725,26 +730,23 @@ class Detector:
     number: int = 0                    # of the category among those with codebooks of their own
 
     def look(self, images: np.ndarray):
-        """images (B, H, W, 3) uint8, as data.load_image gives them -> h0 (B, N, d0), and pixels
-        (B, N, 48) where they are the target."""
+        """images (B, H, W, 3) uint8, as data.load_image gives them -> h0 (B, N, d0), pixels
+        (B, N, 48) where they are the target, and `own` (B,) as HVQ has it."""
         device, index = self.mean.device, torch.arange(len(images))
         seen = look(self.pdn, images, self.cfg.grid, self.cfg.target == "pixel", device,
                     self.cfg.precision)
-        photos = Features(seen, self.mean, self.std, device)
-        return photos.h0(index), photos.pixels(index)
-
-    def own(self, h0):
-        """What HVQ wants beside h0."""
-        return torch.full((len(h0),), self.number, device=h0.device)
+        features = Features(seen, self.mean, self.std, device,
+                            numbers=torch.full_like(index, self.number))
+        return features.h0(index), features.pixels(index), features.own(index)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray):
         """images as for `look` -> S'_HVQ (B,), S'_MIM (B,), their sum, and the heat map (B, N), the
         sum of both standardised maps."""
-        h0, pixels = self.look(images)
-        found = errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels, self.own(h0))
+        h0, pixels, own = self.look(images)
+        found = errors(self.hvq, self.mim, self.cfg, h0, self.masks, pixels, own)
         kept = [part.cpu() for part in kept_errors(self.cfg, found)]
-        s = standardise(self.normal, judge(self.cfg, kept, self.normal))
+        s = final_scores(self.normal, judge(self.cfg, kept, self.normal))
         return s["hvq"], s["mim"], s["score"], s["heat"].numpy()
 
 

@@ -1,7 +1,8 @@
 """HVQ-Trans as in the published code, for `--preset authors`: TSTB-dev/HVQ-Trans, commit ee24d2e.
 
-`ladmim.HVQ` follows the paper's text. This is the tokenizer in LADMIM's published code, and it
-differs in what it quantises, in width, in its codebooks and in its blocks:
+`ladmim.HVQ` follows the paper's text. LADMIM's published code imports a tokenizer that it lacks.
+This is the one of its authors' HVQ-Trans. It differs in what it quantises, in width, in its
+codebooks and in its blocks:
 
   levels     h^4 is quantised as a condition only. The four levels are [h^3, z^4], [h^2, z^4],
              [h^1, z^4] and [h^0, z^4], where h^0 is the embedded input: the last one is local.
@@ -12,10 +13,10 @@ differs in what it quantises, in width, in its codebooks and in its blocks:
   blocks     Each norm stands after its branch, ReLU, learned positions of row and column on the
              queries and keys of every layer. The decoder starts from the codes of [h^3, z^4].
 
-Four things are not theirs: dropout acts on the branches only (on attention weights it would make a
-step slow on a CPU); a codebook moves once a batch of B photos, by 0.99^B, not once a photo (in our
-trial one or two codes a level were left); layers start with weights of their own, theirs as copies
-of one; and only categories that are trained together have codebooks and an output layer each."""
+Four things are not theirs: attention weights are not dropped (that would make a step slow on a
+CPU); a codebook moves once a batch of B photos, by 0.99^B, not once a photo (in our trial one or
+two codes a level were left); layers start with weights of their own, theirs as copies of one; and
+only categories that are trained together have codebooks and an output layer each."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -122,15 +123,15 @@ class PublishedHVQ(nn.Module):
         for layer in self.encoder:
             h.append(layer(h[-1], positions))
         condition, index = self.books[-1](h[-1], own)
-        x = [torch.cat([level, condition], -1) for level in h[:-1]]
-        z, codes = zip(*(book(level, own) for book, level in zip(self.books, x)))
+        x = [torch.cat([one, condition], -1) for one in h[:-1]]
+        z, codes = zip(*(book(seen, own) for book, seen in zip(self.books, x)))
         return [*x, h[-1]], [*z, condition], [*codes, index]
 
     def decode(self, z, own=None):
         """z: L tensors (B, N, 2 d) -> rebuilt h0 (B, N, d0), from the deep level to the local."""
         x, positions = z[-1], self.positions().repeat(1, 2)
-        for layer, level in zip(self.decoder, reversed(z)):
-            x = layer(x, positions, level)
+        for layer, codes in zip(self.decoder, reversed(z)):
+            x = layer(x, positions, codes)
         return of_own(self.out(self.norm(x)), self.categories, own)
 
     def forward(self, h0, own=None):
@@ -139,7 +140,7 @@ class PublishedHVQ(nn.Module):
         return self.decode(z[:-1], own), torch.stack(codes[:-1], 1).fmod(self.size)
 
     def loss(self, h0, own=None):
-        """Feature error, and the commitment of what every codebook sees."""
+        """Feature error, and the commitment of what every codebook sees. Moves the codebooks."""
         x, z, codes = self.quantise(h0, own)
         loss = F.mse_loss(self.decode(z[:-1], own), h0)
         for used, seen, book, index in zip(self.used, x, self.books, codes):

@@ -29,9 +29,8 @@ from options import seed_list
 
 FORMAT = 4                               # of checkpoint.pt
 SAVE_EVERY = 60.0                        # seconds between two checkpoints of a training
-NOT_SETTINGS = ("root", "commit", "device", "torch")    # may differ between two sittings of a run
-# The first set changes only the scores; the second, and all mim_ settings, the ViT. --take needs
-# all others to be equal.
+MAY_DIFFER = ("root", "commit", "device", "torch")   # between two sittings of a run
+# The first set changes only the scores; the second, and mim_, the ViT. For --take all others agree.
 SCORE_SETTINGS = {"hvq_score", "mim_score", "masks", "score_ratio", "score_block"}
 VIT_SETTINGS = {"mask", "train_ratio", "train_block", "target"}
 
@@ -135,6 +134,7 @@ def pick_device(name: str | None) -> torch.device:
         raise InputError("--device cuda: this machine has no CUDA GPU that torch can use; leave "
                          "the option out for the CPU")
     device = torch.device("cuda" if found else "cpu")
+    torch.backends.cudnn.conv.fp32_precision = "ieee"        # TF32's features would be others
     try:
         use_triton(device)
     except RuntimeError as error:                    # of LADMIM_KERNELS
@@ -246,11 +246,9 @@ def joined(device: torch.device):
     out, err = sys.stdout, sys.stderr
     if dist.get_rank():
         out = err = open(os.devnull, "w")
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            yield
-    finally:
-        dist.destroy_process_group()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield
+    dist.destroy_process_group()         # not after an error: NCCL's waits for the other processes
 
 
 # Files of tensors
@@ -359,7 +357,7 @@ def begun_state(job: Job) -> dict | None:
     state = load_checkpoint(file)
     held = job.defaults() | state["config"]
     for name, value in job.config().items():
-        if name not in NOT_SETTINGS and held.get(name) != value:
+        if name not in MAY_DIFFER and held.get(name) != value:
             raise InputError(f"{job.out}: holds a run with {name} = {held.get(name)}, asked for "
                              f"{value}; choose another --out or delete the folder")
     return state
@@ -391,7 +389,7 @@ class Run:
         self.state.update(news)
         if self.writes:
             save_tensors(self.folder / "checkpoint.pt", self.state)
-            self.saved = time.monotonic()
+        self.saved = time.monotonic()
 
     def write_metrics(self):
         if self.writes:

@@ -1,7 +1,6 @@
-"""S_HVQ and S_MIM: the paper's means, the published code's maximum, and scores of our own.
+"""S_HVQ and S_MIM: the paper's "mean" of both, HVQ-Trans's "norm", and scores of our own.
 
-`--hvq-score` and `--mim-score` name them. What a score must know of good photos it learns from the
-training normals alone."""
+`--hvq-score` and `--mim-score` name them. What is normal they learn of training normals alone."""
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

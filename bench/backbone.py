@@ -63,8 +63,7 @@ def teacher_tokens(teacher, name: str, photos: list, args, device, white: int) -
 @torch.inference_mode()
 def explained(pdns, teachers, corpus: Corpus, device) -> list[list[float]]:
     """For each PDN and teacher map: the share of the map's variance, each channel standardised,
-    that a linear readout of the PDN's channels explains. Fitted on crops of photos to learn from,
-    measured on others."""
+    that a linear readout of the PDN's channels explains, on crops of photos it has not seen."""
     def some(block):                                 # (1, c, P, P) -> (81, c)
         return block[0, :, ::5, ::5].flatten(1).T.cpu()
 

@@ -89,7 +89,7 @@ def our_losses(detector, h0, masks):
 
 def our_score(detector, paths):
     """Both means (B,) of photos that were never seen before: decoding and backbone included."""
-    h0, _ = detector.look(np.stack(list(data.load_images(paths, detector.cfg.image_size))))
+    h0, *_ = detector.look(np.stack(list(data.load_images(paths, detector.cfg.image_size))))
     errors = ladmim.errors(detector.hvq, detector.mim, detector.cfg, h0, detector.masks)
     return scores.squared_error(errors).mean(1), errors.of_masks.mean(1)
 

@@ -63,7 +63,7 @@ def run(photos: Photos, average: bool) -> dict:
                                         average=average)
 
     def judge(images):
-        h0, _ = detector.look(images)
+        h0, *_ = detector.look(images)
         return [patchcore_score(x, memory) for x in (neighbourhoods(h0) if average else h0)]
 
     return {"scores": {"PatchCore" if average else "PatchCore, single patches": scores.tolist()},

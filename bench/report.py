@@ -119,8 +119,9 @@ def card(photo: Judged, rank: int, detector: ladmim.Detector) -> str:
 def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
     """The paper's Figure 5: photo, heat map, the mask of the largest error, its histograms."""
     cfg, masks, small = detector.cfg, detector.masks, photo.thumbnail(detector.white)
-    h0, pixels = detector.look(data.load_image(photo.path, cfg.image_size, detector.white)[None])
-    _, codes = detector.hvq(h0, detector.own(h0))
+    image = data.load_image(photo.path, cfg.image_size, detector.white)
+    h0, pixels, own = detector.look(image[None])
+    _, codes = detector.hvq(h0, own)
     output = detector.mim(h0, masks)
     error = ladmim.mim_error(detector.mim, output, h0, masks, codes.to(torch.int16), pixels)[0][0]
     worst = int(error.argmax())

@@ -1,8 +1,7 @@
 """What the rivals share: one run's photos, as they see them, and a training that can be stopped.
 
 A rival is trained on the very photos of a finished run of LADMIM, one category or several at once,
-and keeps what it found in RUN/rivals: METHOD.json once it is done, METHOD.pt while it is trained.
-"""
+and keeps what it found in RUN/rivals: METHOD.json once it is done, METHOD.pt in training."""
 import math
 import time
 from dataclasses import dataclass, replace

@@ -82,10 +82,13 @@ def _outputs(logits, codes, mask, differentiate):
 
 def _save(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)  # no zeros for the second output
     ctx.save_for_backward(output[1])
 
 
 def _gradient(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
     if torch.is_grad_enabled():  # create_graph=True
         raise RuntimeError("histogram_l1 has no second derivative here; leave create_graph out, "
                            "or use histogram_l1_reference")
@@ -113,9 +116,10 @@ def _P_and_difference(logits, codes, mask, keep):
     if logits.device.type == "cpu":
         if not tokens.all():
             raise ValueError("histogram_l1: a mask has no token")
-    else:  # a GPU that is too old for the kernel
+    else:  # a GPU that is too old for the kernel, or float64
         valid = (index >= 0) & (index < K)  # (B, L, N)
         wrong = (mask.expand(B, M, -1)[:, :, None] & ~valid[:, None]).any(-1, keepdim=True)
+        wrong |= tokens == 0
         index = index.clamp(0, K - 1)
     index = index[:, None].expand(B, M, L, -1)
     counts = torch.zeros((B, M, L, K), dtype=dtype, device=logits.device)
@@ -160,7 +164,7 @@ def _count(codes, mask, row, M, L, N, K, MASK_B, BLOCK_N: tl.constexpr):
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         chosen = tl.load(mask + n, n < N, 0) != 0
-        code = tl.load(codes + n, chosen, 0).to(tl.int32)
+        code = tl.load(codes + n, chosen, 0)
         total += tl.sum(chosen.to(tl.int32), 0)
         wrong += tl.sum((chosen & ((code < 0) | (code >= K))).to(tl.int32), 0)
     share = 1.0 / tl.maximum(total, 1).to(tl.float32)

@@ -52,8 +52,8 @@ def nearest_own_code(x: torch.Tensor, codebooks, own: torch.Tensor | None = None
     flat = x.flatten(0, 1)
     index, *others = (nearest_code(flat, codes, False)[0].view(x.shape[:2]) for codes in codebooks)
     for number, found in enumerate(others, 1):
-        mine = (own == number)[:, None] & (found >= 0)
-        index = torch.where(mine, found + number * len(codebooks[number]), index)
+        found = torch.where(found < 0, found, found + number * len(codebooks[number]))
+        index = torch.where((own == number)[:, None], found, index)
     return index
 
 
@@ -146,8 +146,7 @@ def _best_two(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 def _redo_rows(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """x (R, D), codes (K, D) -> nearest code (R,) by float64 differences, -1: NaN or inf in x or in
-    all codes."""
+    """x (R, D), codes (K, D) -> nearest code (R,) in float64; -1: NaN or inf in x or all codes."""
     distance = torch.cdist(x.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist")
     distance.nan_to_num_(nan=torch.inf, posinf=torch.inf)
     failed = distance.amin(1).isinf() | ~x.isfinite().all(1)

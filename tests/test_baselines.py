@@ -58,7 +58,7 @@ def patchcore_of(run, folder):
               if photo.split != "validation"]
     photos.sort(key=lambda photo: photo.split == "test")
     images = data.load_images([photo.path for photo in photos], detector.cfg.image_size)
-    h0, _ = detector.look(np.stack(list(images)))
+    h0, *_ = detector.look(np.stack(list(images)))
     count = sum(photo.split == "train" for photo in photos)
     scores, *_ = patchcore.patchcore(lambda index: h0[index], torch.arange(count),
                                      torch.arange(count, len(h0)))

@@ -81,13 +81,17 @@ def test_names_that_a_terminal_cannot_show_are_escaped(encoding):
     assert done.returncode == 0, done.stderr
 
 
-def test_only_a_command_hides_pillows_warnings():
-    done = run_code("import warnings\ndef of_pillow():\n"
-                    "    return [one for one in warnings.filters if 'PIL' in str(one)]\n"
-                    "before = of_pillow()\nimport data\nassert of_pillow() == before\n"
+def test_only_a_command_hides_pillows_warnings_and_that_of_the_mapped_cache():
+    done = run_code("import warnings\ndef ours():\n"
+                    "    return [one for one in warnings.filters if 'PIL' in str(one)\n"
+                    "            or 'writable' in str(one)]\n"
+                    "before = ours()\nimport torch, backbone\nassert ours() == before\n"
                     "warnings.warn_explicit('of Pillow', UserWarning, 'x.py', 1, 'PIL.Image')\n"
+                    "array = backbone.np.zeros(1)\narray.flags.writeable = False\n"
+                    "torch.from_numpy(array)\n"
                     "warnings.warn_explicit('another', UserWarning, 'x.py', 1, 'torch')\nreturn 0")
-    assert done.returncode == 0 and "another" in done.stderr and "Pillow" not in done.stderr
+    assert done.returncode == 0 and "another" in done.stderr, done.stderr
+    assert "Pillow" not in done.stderr and "writable" not in done.stderr
 
 
 # A folder without permission

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from test_kernels import DEVICE, INTERPRETED, draw
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import histogram_l1
 from kernels.histogram_l1 import histogram_l1_reference
@@ -73,3 +74,22 @@ def test_the_callers_logits_are_left_as_they_are():
     with torch.inference_mode():
         histogram_l1(logits, codes, mask)
     assert torch.equal(logits, before)
+
+
+def test_the_operators_backward_pass_writes_the_gradient_alone():
+    """No zeros for the operator's second output, which nobody differentiates."""
+    operator = sys.modules["kernels.histogram_l1"]._histogram_l1
+    logits, codes, mask = (t.to(DEVICE) for t in draw(2, 3, 2, 6, 9))
+    written = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            out = function(*arguments, **(options or {}))
+            if isinstance(out, torch.Tensor) and out.shape == logits.shape:
+                written.append(function.overloadpacket.__name__)
+            return out
+
+    loss = operator(logits.requires_grad_(), codes, mask, True)[0].sum()
+    with Watch():
+        loss.backward()
+    assert sorted({*written} - {"detach"}) == ["mul"] and logits.grad.any()

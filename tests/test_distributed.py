@@ -120,15 +120,19 @@ def test_two_processes_agree_on_what_a_finished_run_lacks(both):
     assert [(folder / "two" / name).read_bytes() for name in names] == before
 
 
-def test_processes_wait_while_the_first_one_reads_the_photos(monkeypatch):
-    """For longer than the 10 or 30 minutes after which PyTorch ends processes that wait."""
-    given = {}
+def test_processes_wait_for_photos_but_not_for_one_that_failed(monkeypatch):
+    """For photos longer than the 10 or 30 minutes after which PyTorch ends processes that wait. To
+    destroy NCCL's group waits for all processes: one that failed would never say why."""
+    given, destroyed = {}, []
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
                         "MASTER_PORT": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(runs.dist, "init_process_group", lambda _, **options: given.update(options))
     monkeypatch.setattr(runs.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(runs.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(runs.dist, "destroy_process_group", lambda: destroyed.append(True))
+    with pytest.raises(runs.InputError), runs.joined(torch.device("cpu")):
+        raise runs.InputError("another training holds this folder")
+    assert not destroyed
     with runs.joined(torch.device("cpu")):
         pass
-    assert given["timeout"].total_seconds() >= 24 * 3600
+    assert destroyed == [True] and given["timeout"].total_seconds() >= 24 * 3600

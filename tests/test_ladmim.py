@@ -213,6 +213,10 @@ def test_each_photo_is_searched_in_its_own_codebook(categories):
         nearest = (photo[:, None] - books[number]).square().sum(-1).argmin(-1)
         expected = torch.where(photo.isfinite().all(-1), nearest + 7 * number, -1)
         assert torch.equal(found, expected)
+    books[-1] = math.nan                             # no photo gets another category's codes
+    lost = nearest_own_code(x, books, own if categories > 1 else None)
+    expected = torch.where(own[:, None] == categories - 1, -1, index)
+    assert torch.equal(lost, expected)
 
 
 def one_categorys(hvq, number):

@@ -74,8 +74,7 @@ def target_of(target: list, maps: list[torch.Tensor]) -> torch.Tensor:
 
 @torch.no_grad()
 def prepare(student: nn.Module, corpus: Corpus, teachers: list, args, device) -> list:
-    """-> the target. A --start's last layer predicted another one: it is fitted anew, to what the
-    layers before it see."""
+    """-> the target. A --start's last layer predicted another: it is fitted anew to its input."""
     maps, inputs, last = [], [], student[-1]         # of 9x9 positions of each crop
     for number in range(MEASURED):
         x = as_photo(corpus.crop(args.seed, -1 - number)).to(device)

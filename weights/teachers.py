@@ -63,8 +63,7 @@ def load_lite0(device: torch.device):
         for number, block in enumerate(network._blocks[:11]):
             x = block(x)
             if number in strides:
-                # TensorFlow's "same" padding puts the odd pixel behind: position 0 is centred on
-                # pixel stride - 1.
+                # TensorFlow puts the odd padding behind: position 0's centre is pixel stride - 1.
                 blocks.append((x, float(strides[number]), strides[number] - 0.5))
         return blocks
     return lite0
