@@ -346,9 +346,8 @@ def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixe
 
 
 def load_data_set(job: Job):
-    """Finds, checks and counts the photos of a run, and gets their features. -> photos, those for
-    training first; how many these are; `Features` of all; what `Run.hold` keeps; how many photos
-    could not be read."""
+    """Finds, checks and counts a run's photos, and gets their features. -> photos, training ones
+    first; how many these are; `Features` of all; what `Run.hold` keeps; how many are unreadable."""
     cfg, root, device = job.cfg, job.root, job.device
     if job.cache.is_file():
         raise InputError(f"--cache {job.cache}: is a file; name a folder")

@@ -465,8 +465,7 @@ def chosen_runs(args, report: str, mark: str = MADE_BY) -> list[Path]:
 
 
 def write_report(file: Path, content: bytes | None, mark: str) -> None:
-    """Replaces an earlier report, known by the mark near its start, and no other file. None: only
-    checks that it could."""
+    """Replaces only an earlier report, known by its mark. None: only checks that it could."""
     with data.readable():
         if file.exists() and not data.is_marked(file, mark):             # nor a folder or a pipe
             raise InputError(f"{file} exists and was not written by this command: name another")

@@ -145,8 +145,7 @@ def load_image(path: Path, size: int, white: int = 0) -> np.ndarray:
 
 
 def ahead(function, items, waiting: int = 16):
-    """Yields function(item) in order, or the InputError it raised, computed by threads up to
-    `waiting` items ahead."""
+    """Yields function(item) in order, or the InputError it raised; threads are `waiting` ahead."""
     items, queue = iter(items), deque()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         queue.extend(pool.submit(function, item) for item in islice(items, waiting))

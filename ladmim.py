@@ -173,9 +173,8 @@ class DecoderBlock(nn.Module):
 # HVQ-Trans: the tokenizer and the structural detector
 
 def sines(grid: int, width: int) -> torch.Tensor:
-    """(N, width), where learned positions start: sines and cosines of a token's column and row, of
-    2 to 4 * grid tokens' wavelength. From small random numbers HVQ-Trans learns slowly which code
-    belongs to which token, and by heart: its error of new photos stays large."""
+    """(N, width), where learned positions start: sines and cosines of a token's column and row.
+    From random numbers they are learned slowly and by heart: new photos are rebuilt badly."""
     waves = torch.logspace(0, math.log2(2 * grid), -(-width // 4), base=2)
     angle = math.pi * torch.arange(grid)[:, None] / waves            # (grid, width / 4)
     one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)    # of variance 1
@@ -238,9 +237,8 @@ class HVQ(nn.Module):
         return psi, z, torch.stack(codes, 1)
 
     def decode(self, z, own=None):
-        """Equation 5: z -> rebuilt h0 (B, N, d0); levels are consumed from deep to shallow. Cross-
-        attention ignores order, so the codes get positions: without them a token could not find
-        its own code."""
+        """Equation 5: z -> rebuilt h0 (B, N, d0), from deep levels to shallow. Cross-attention
+        knows no order, so the codes get positions: without, a token cannot find its own code."""
         x = self.query_positions + self.query(z[-1])
         for level in reversed(range(self.levels)):
             x = self.decoder[level](x, self.lift[level](z[level]) + self.query_positions)

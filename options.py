@@ -33,8 +33,7 @@ def count(text: str) -> int:
 
 def chosen_settings(args, config_class) -> dict:
     """The settings that were typed. A file of weights has one name, however its path was typed.
-    What lies in the working directory or below it is named from there, so that one may be moved as
-    a whole."""
+    What lies in the working directory or below is named from there: all may be moved together."""
     typed = {field.name: getattr(args, field.name) for field in dataclasses.fields(config_class)}
     if typed["pdn"] not in (None, "random"):
         path = Path(os.path.realpath(typed["pdn"]))

@@ -1,5 +1,4 @@
-"""PatchCore, Roth et al. 2022: a photo is as anomalous as its patch that is farthest from a memory
-of normal patches.
+"""PatchCore, Roth et al. 2022: a photo is as anomalous as its patch farthest from all normal ones.
 
 Simplified: one feature level, the PDN's last; the paper joins two of a ResNet. A patch is a token
 of the run, 12x12 of them with `tiny` (a finer grid may be better: bench/RESULTS.md), averaged with

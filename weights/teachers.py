@@ -88,8 +88,7 @@ def look(teachers: list, x: torch.Tensor, precision: str, inner=INNER) -> list[t
 
 
 def linear_fit(x: torch.Tensor, y: torch.Tensor, ridge: float):
-    """x (n, d), y (n, c) -> weight (d, c) and bias (c,) by ridge regression: y ~ x @ weight + bias.
-    Overwrites x."""
+    """x (n, d), overwritten, y (n, c) -> weight (d, c), bias (c,): ridge regression of y on x."""
     centre, mean = x.mean(0), y.mean(0)
     gram = x.sub_(centre).T @ x
     gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-9)
@@ -181,8 +180,7 @@ class Corpus:
 
 
 def crop_of(photo, size: int, short_side: float, left: float, top: float, mirror: bool):
-    """The photo scaled to `short_side` pixels, of it a square (size, size, 3) uint8 at a share
-    left, top of the room."""
+    """A square (size, size, 3) uint8 of the photo at `short_side` pixels; left, top: 0 to 1."""
     side = min(size * min(photo.size) / short_side, *photo.size)     # rounding may exceed the photo
     x, y = left * (photo.width - side), top * (photo.height - side)
     box = (x, y, x + side, y + side)
