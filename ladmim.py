@@ -173,7 +173,7 @@ class DecoderBlock(nn.Module):
 # HVQ-Trans: the tokenizer and the structural detector
 
 def sines(grid: int, width: int) -> torch.Tensor:
-    """(N, width), where learned positions start: sines and cosines of a token's column and row.
+    """(N, width), where the decoder's learned positions start: sines and cosines of column and row.
     From random numbers they are learned slowly and by heart: new photos are rebuilt badly."""
     waves = torch.logspace(0, math.log2(2 * grid), -(-width // 4), base=2)
     angle = math.pi * torch.arange(grid)[:, None] / waves            # (grid, width / 4)
@@ -195,7 +195,7 @@ class HVQ(nn.Module):
         self.categories, self.codes, codes = categories, cfg.codes, categories * cfg.codes
         self.ema, self.ema_decay = cfg.codebook == "ema", cfg.ema_decay
         self.embed = nn.Linear(d0, d)
-        self.positions = nn.Parameter(sines(cfg.grid, d))
+        self.positions = nn.Parameter(0.02 * torch.randn(cfg.grid ** 2, d))
         self.encoder = nn.ModuleList(Block(d, heads, drop) for _ in range(levels))
         # The top level sees h^L, every other one h^l and z^L.
         seen = [d + dq] * (levels - 1) + [d]
