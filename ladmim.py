@@ -172,15 +172,6 @@ class DecoderBlock(nn.Module):
 
 # HVQ-Trans: the tokenizer and the structural detector
 
-def sines(grid: int, width: int) -> torch.Tensor:
-    """(N, width), where the decoder's learned positions start: sines and cosines of column and row.
-    From random numbers they are learned slowly and by heart: new photos are rebuilt badly."""
-    waves = torch.logspace(0, math.log2(2 * grid), -(-width // 4), base=2)
-    angle = math.pi * torch.arange(grid)[:, None] / waves            # (grid, width / 4)
-    one = math.sqrt(2) * torch.cat([angle.sin(), angle.cos()], 1)    # of variance 1
-    return torch.cat([one.repeat(grid, 1), one.repeat_interleave(grid, 0)], 1)[:, :width]
-
-
 class HVQ(nn.Module):
     """Hierarchical vector-quantised transformer. Level l of the paper is index l - 1 here.
 
@@ -189,13 +180,13 @@ class HVQ(nn.Module):
 
     def __init__(self, cfg: Config, d0: int, categories: int = 1):
         super().__init__()
-        d, dq, levels = cfg.hvq_width, cfg.code_dim, cfg.levels
+        n, d, dq, levels = cfg.grid ** 2, cfg.hvq_width, cfg.code_dim, cfg.levels
         heads, drop = cfg.hvq_heads, cfg.hvq_dropout
         self.levels, self.commitment = levels, cfg.commitment
         self.categories, self.codes, codes = categories, cfg.codes, categories * cfg.codes
         self.ema, self.ema_decay = cfg.codebook == "ema", cfg.ema_decay
         self.embed = nn.Linear(d0, d)
-        self.positions = nn.Parameter(0.02 * torch.randn(cfg.grid ** 2, d))
+        self.positions = nn.Parameter(0.02 * torch.randn(n, d))
         self.encoder = nn.ModuleList(Block(d, heads, drop) for _ in range(levels))
         # The top level sees h^L, every other one h^l and z^L.
         seen = [d + dq] * (levels - 1) + [d]
@@ -203,7 +194,7 @@ class HVQ(nn.Module):
         self.codebooks = nn.Parameter(torch.randn(levels, codes, dq),               # b^l_j
                                       requires_grad=not self.ema)
         self.query = nn.Linear(dq, d)
-        self.query_positions = nn.Parameter(sines(cfg.grid, d))
+        self.query_positions = nn.Parameter(0.02 * torch.randn(n, d))
         self.lift = nn.ModuleList(nn.Linear(dq, d) for _ in range(levels))
         self.decoder = nn.ModuleList(DecoderBlock(d, heads, drop) for _ in range(levels))
         self.out = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, categories * d0))

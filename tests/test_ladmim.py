@@ -219,22 +219,6 @@ def test_each_photo_is_searched_in_its_own_codebook(categories):
     assert torch.equal(lost, expected)
 
 
-@pytest.mark.parametrize("grid, width", [(1, 1), (2, 8), (12, 128), (24, 256), (6, 10)])
-def test_positions_start_as_sines_of_column_and_row(grid, width):
-    """Against numpy in float64; neighbours are nearest, and each place differs from all others."""
-    found, quarter = ladmim.sines(grid, width), -(-width // 4)
-    halves = []
-    for place in (np.arange(grid ** 2) % grid, np.arange(grid ** 2) // grid):    # column, row
-        turns = place[:, None] * np.pi / np.geomspace(1, 2 * grid, quarter)
-        halves.append(np.concatenate([np.sin(turns), np.cos(turns)], 1) * 2 ** 0.5)
-    np.testing.assert_allclose(found, np.concatenate(halves, 1)[:, :width], atol=2e-5)
-    if width > 100:
-        near = (found @ found.T).sub_(1e6 * torch.eye(grid ** 2)).argmax(1)
-        apart = abs(near % grid - torch.arange(grid ** 2) % grid) + abs(
-            near // grid - torch.arange(grid ** 2) // grid)
-        assert (apart == 1).all() and len(found.unique(dim=0)) == grid ** 2
-
-
 def one_categorys(hvq, number):
     """An HVQ of one category with what hvq, of several, has for category `number`."""
     single, state = HVQ(EMA, D0), hvq.state_dict()
