@@ -101,7 +101,7 @@ PRESETS = {
         hvq_epochs=200, hvq_lr=4e-4, hvq_score="max", mim_epochs=150, mim_warmup=10, mim_lr=3e-4),
     "tiny": dict(                      # two CPU cores, minutes: a smaller model, other scores
         grid=12, codes=32, code_dim=32, codebook="ema", hvq_width=128, hvq_heads=4, hvq_dropout=0.0,
-        hvq_epochs=40, hvq_batch=4, hvq_lr=1e-3, hvq_score="deviations", mim_width=192,
+        hvq_epochs=120, hvq_batch=4, hvq_lr=1e-3, hvq_score="deviations", mim_width=192,
         mim_blocks=3, mim_heads=4, mim_dropout=0.0, mim_epochs=50, mim_warmup=3, mim_batch=8,
         mim_lr=1e-3, mim_score="whitened", masks=32, score_ratio=130 / 576, score_block=46 / 576),
 }
