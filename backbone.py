@@ -224,8 +224,7 @@ def channel_statistics(seen: torch.Tensor, rows: torch.Tensor, batch: int = 64):
 # The cache: one file a set of photos
 
 def cached_features(paths: list[Path], size: int, key: str, compute, shape: tuple[int, int],
-                    cache: Path, progress=lambda done: None, digests: list[bytes] = (),
-                    white: int = 0):
+                    cache: Path, progress=lambda done: None, digests: list[bytes] = (), white=0):
     """-> features (n, N, d0) float16, and why photos could not be read, path -> message: their rows
     are NaN. Computed once, then read from the folder `cache`.
 
@@ -328,9 +327,9 @@ def find_features(photos: list, pdn: nn.Module, image_size: int, grid: int, pixe
     paths, shape = sorted(photo.path for photo in photos), (grid ** 2, CHANNELS + PATCH * pixels)
     digests = photo_digests(paths)
     seen, reasons = cached_features(
-        paths, image_size, key,
-        lambda images: look(pdn, images, grid, pixels, device, precision).cpu().numpy(), shape,
-        cache, Progress("features", len(paths), "photos"), digests, white)
+        paths, image_size, key, lambda images: look(
+            pdn, images, grid, pixels, device, precision).cpu().numpy(),
+        shape, cache, Progress("features", len(paths), "photos"), digests, white)
     data.warn(reasons.values())
     left = [photo for photo in photos if photo.path not in reasons]
     for name in sorted({photo.category for photo in photos}):

@@ -30,7 +30,7 @@ REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 # Files
 
 def write_whole(path: Path, content: bytes,
-                remedy: str = "free some space and run the same command again"):
+                remedy="free some space or permit it, and run the same command again"):
     """Written beside, flushed, renamed: a kill or a full disk leaves the last good file. If several
     processes write it at once, each writes a whole file."""
     beside = path.with_name(f".{os.urandom(8).hex()}.new")
@@ -245,13 +245,15 @@ def find_images(given: list[Path]) -> list[Path]:
     images = []
     for path in given:
         with readable():
-            files = list(walk(path)) if path.is_dir() else [path]
-            inside = sorted(file for file in files if file == path or file.is_dir()
-                            or is_image(file) and not is_mask(file, path))
-        warn(passed_over(path, files, inside))
-        if not inside:
+            files = list(walk(path)) if os.path.isdir(path) else [path]
+            taken = sorted(f for f in files if f == path or os.path.isdir(f) or is_image(f))
+            masks = [file for file in taken if is_mask(file, path)]
+        warn(passed_over(path, files, taken))
+        if masks:
+            tell(f"{path}: ground-truth masks, passed over: {len(masks)}, such as {masks[0]}")
+        if len(masks) == len(taken):
             raise InputError(f"{path}: no images in this folder or below it")
-        images += inside
+        images += sorted({*taken} - {*masks})
     return images
 
 
@@ -380,11 +382,12 @@ def same(photos: list[Photo]) -> list[str]:
     """Byte-identical photos in two splits, or of two kinds in one. Only files that share their size
     with another are read."""
     same_size, firsts, pairs = {}, {}, []
-    with readable():
-        for photo in photos:
+    for photo in photos:
+        with readable():
             same_size.setdefault(photo.path.stat().st_size, []).append(photo)
-        for group in same_size.values():
-            for photo in group if len(group) > 1 else ():
+    for group in same_size.values():
+        for photo in group if len(group) > 1 else ():
+            with suppress(OSError):                  # named where features are computed
                 digest = hashlib.blake2b(photo.path.read_bytes()).digest()
                 first = firsts.setdefault(digest, photo)
                 if (first.split, first.kind) != (photo.split, photo.kind):

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import sys
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,8 +22,8 @@ import data
 from data import InputError
 
 HEADER = ["path", "split", "kind", "label", "s_hvq", "s_mim", "score"]
-CONFIG = {"data": str, "rendered": bool, "category": str, "preset": str, "seed": int, "commit": str}
-NOT_SETTINGS = {*CONFIG, "root", "device", "torch"}  # other keys of config.json are settings
+CONFIG = dict(data=str, rendered=bool, category=str, preset=str, seed=int, commit=str, root=str)
+NOT_SETTINGS = {*CONFIG, "device", "torch"}          # other keys of config.json are settings
 LOCO_KINDS = {"logical_anomalies": "logical", "structural_anomalies": "structural"}
 KINDS = ("logical", "structural")
 ANY = "any defect"                      # a column: data whose defects have other names than LOCO's
@@ -99,9 +98,9 @@ def read_text(file: Path) -> str:
 
 def read_config(file: Path) -> dict:
     try:
-        config = json.loads(read_text(file))
+        config = {"root": "?"} | json.loads(read_text(file))
         wrong = [key for key, kind in CONFIG.items() if not isinstance(config.get(key), kind)]
-    except (ValueError, AttributeError) as error:           # no JSON, or no object
+    except (ValueError, TypeError) as error:                # no JSON, or no object
         raise InputError(f"{file} is damaged ({error}): train the run again") from None
     if wrong:
         raise InputError(f"{file} has no valid {wrong[0]!r}: train the run again")
@@ -141,7 +140,7 @@ def read_run(folder: Path) -> ScoredRun:
 
 def photos_root(scored: ScoredRun, categories) -> Path:
     """The folder that holds these category folders of a run. InputError where one is gone."""
-    root = Path(scored.config.get("root") or "?")
+    root = Path(scored.config["root"])
     for name in categories:
         if not (root / name).is_dir():
             raise InputError(f"{scored.folder}: its photos are no longer at {root / name}; put "
@@ -255,7 +254,6 @@ def evaluate(scored: ScoredRun, category: str, over: str = "validation") -> dict
     both, test, normals = total_scores(scored, category, over)
     record = {key: config[key] for key in CONFIG} | {
         "run": str(scored.folder), "category": category, "commit": config["commit"] or "unknown",
-        "root": config.get("root", "?"),
         "trained on": "each alone" if config["category"] == category else config["category"],
         "settings": {key: value for key, value in config.items() if key not in NOT_SETTINGS},
         "images": {kind: int((kinds == kind).sum()) for kind in sorted(set(kinds))},
@@ -291,12 +289,15 @@ def tell_apart(records: list[dict]) -> tuple[list[dict], list[str]]:
             if len(set(map(repr, values))) > 1:
                 for record, value in zip(members, values):
                     record["preset"] += f" {key}={value}"
-    kept, left_out = [], []
-    same = grouped(records, "data", "rendered", *GROUP, "category", "seed")
-    for first, *repeats in same.values():
-        kept.append(first)
-        left_out += [f"{r['run']} is left out: it repeats {first['run']}" for r in repeats]
-    return kept, left_out
+    kept, lines = [], []
+    for seeds in grouped(records, "data", "rendered", *GROUP, "category").values():
+        for first, *repeats in grouped(seeds, "seed").values():
+            kept.append(first)
+            lines += [f"{r['run']} is left out: it repeats {first['run']}" for r in repeats]
+            if first["images"] != seeds[0]["images"]:
+                lines.append(f"{first['run']} has scored other test photos than "
+                             f"{seeds[0]['run']}, but their mean is shown; train them alike")
+    return kept, lines
 
 
 def evaluate_runs(folders: list[Path], over: str = "validation") -> tuple[list[dict], list[str]]:
@@ -470,9 +471,9 @@ def write_report(file: Path, content: bytes | None, mark: str) -> None:
         if file.exists() and not data.is_marked(file, mark):             # nor a folder or a pipe
             raise InputError(f"{file} exists and was not written by this command: name another")
     file.parent.mkdir(parents=True, exist_ok=True)
-    if content is None:
-        tempfile.TemporaryFile(dir=file.parent).close()      # `write_whole` writes there, too
-    else:
+    if not os.access(file.parent, os.W_OK):
+        raise InputError(f"{file}: its folder may not be written to; name another file")
+    if content is not None:
         data.write_whole(file, content, "name another file")
 
 

@@ -35,7 +35,7 @@ def walk(folder: Path, seen: set[Path] | None = None):
     for path in inside:
         if path.name.startswith("."):
             continue
-        if not path.is_dir():
+        if not os.path.isdir(path):
             yield path
         elif path.resolve() not in seen:
             seen.add(path.resolve())
@@ -43,8 +43,8 @@ def walk(folder: Path, seen: set[Path] | None = None):
 
 
 def is_image(path: Path) -> bool:
-    return (path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-            and not is_marked(path))
+    return (path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+            and os.path.isfile(path) and not is_marked(path))
 
 
 def is_marked(path: Path, mark: str = DRAWN) -> bool:

@@ -384,9 +384,8 @@ class ViT(nn.Module):
         self.e = nn.Parameter(torch.zeros(width))                    # stands for a masked token
         self.p = nn.Parameter(torch.zeros(width))                    # prediction token
         self.positions = nn.Parameter(0.02 * torch.randn(cfg.grid ** 2 + 1, width))
-        self.blocks = nn.ModuleList(
-            Block(width, cfg.mim_heads, cfg.mim_dropout, cfg.mim_layer_scale)
-            for _ in range(cfg.mim_blocks))
+        self.blocks = nn.ModuleList(Block(width, cfg.mim_heads, cfg.mim_dropout,
+                                          cfg.mim_layer_scale) for _ in range(cfg.mim_blocks))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, outputs)
         self.target = cfg.target
 
@@ -617,9 +616,8 @@ def learn_normal(cfg: Config, train, validation) -> dict:
 
 # The settings that are one of a few values.
 OPTIONS = {"tokenizer": TOKENIZERS, "precision": ("fp32", "bf16"), "codebook": ("gradient", "ema"),
-           "category_codes": ("shared", "own"), "mask": MASKS,
-           "target": ("histogram", "code", "feature", "pixel"), "hvq_score": HVQ_SCORES,
-           "mim_score": MIM_SCORES}
+           "category_codes": ("shared", "own"), "mask": MASKS, "hvq_score": HVQ_SCORES,
+           "target": ("histogram", "code", "feature", "pixel"), "mim_score": MIM_SCORES}
 
 
 def train_run(job: Job) -> int:
@@ -767,8 +765,7 @@ def load_detector(folder: Path, category: str | None, device: torch.device) -> D
         model.to(device).eval().requires_grad_(False)
     return Detector(cfg, pdn, hvq, mim, state["mean"].to(device), state["std"].to(device),
                     scoring_masks(cfg, state["config"]["seed"], device),
-                    state["calibration"][category], category, state["white"],
-                    known.index(category))
+                    state["calibration"][category], category, state["white"], known.index(category))
 
 
 def main(argv=None) -> int:

@@ -129,11 +129,11 @@ def judged(detector, batch, threshold: float):
         if isinstance(image, InputError):
             yield name, None, dict(path=str(path), verdict="unreadable", error=str(image))
             continue
-        structural, logical, score, heat = next(found)
-        numbers = dict(score=score, threshold=threshold, structural=structural, logical=logical)
+        *numbers, heat = next(found)
+        structural, logical, score, limit = (round(float(x), 4) for x in (*numbers, threshold))
         yield name, heat, {
-            "path": str(path), "verdict": "good" if score <= threshold else "anomaly",  # NaN, too
-            **{key: round(float(value), 4) for key, value in numbers.items()},
+            "path": str(path), "verdict": "good" if score <= limit else "anomaly",      # NaN, too
+            "score": score, "threshold": limit, "structural": structural, "logical": logical,
             "decided": "structural" if structural >= logical else "logical"}
 
 

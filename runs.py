@@ -262,7 +262,7 @@ def load_file(path: Path, name: str):
     except MemoryError:
         raise
     except Exception:                    # torch.load raises another class for each kind of damage
-        raise InputError(f"{name}: not a file of PyTorch weights, or truncated") from None
+        raise InputError(f"{name}: no PyTorch weights or truncated; restore or delete it") from None
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -378,6 +378,8 @@ class Run:
         self.lock = lock(self.folder) if self.writes else None
         self.state = begun_state(job) or {
             "format": FORMAT, "config": job.config(), "stage": "", "epoch": 0, "metrics": []}
+        if self.writes and not self.state["stage"]:      # scores of a run that is gone
+            (self.folder / "scores.csv").unlink(missing_ok=True)
         self.state["config"]["root"] = os.path.realpath(job.root)    # a data set may have moved
         if self.writes:
             write_whole(self.folder / "config.json",

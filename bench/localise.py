@@ -125,7 +125,7 @@ def localisation(photos) -> dict[str, float]:
 # Runs
 
 def tested_photos(scored: evaluation.ScoredRun, category: str):
-    """-> the data set's folder, the category's test photos that were scored, path -> its maps."""
+    """-> the data set's folder, the scored test photos, path -> its maps, their image size."""
     root = evaluation.photos_root(scored, [category])
     maps = {root / path: value for path, value in evaluation.read_maps(scored).items()}
     photos = [photo for photo in data.find_photos(root, category, scored.config["seed"])
@@ -134,12 +134,12 @@ def tested_photos(scored: evaluation.ScoredRun, category: str):
     if len(photos) < expected:
         raise InputError(f"{scored.folder}: {expected - len(photos)} of the {expected} test photos "
                          f"it scored are no longer in {root / category}; put them back")
-    tested = runs.load_finished(scored.folder, "run")["tested"]
-    changed = [name for name, now in data.digests(photos, root).items() if tested.get(name) != now]
+    run, now = runs.load_finished(scored.folder, "run"), data.digests(photos, root)
+    changed = [name for name in now if run["tested"].get(name) != now[name]]
     if changed:
         raise InputError(f"{scored.folder}: photos that are not those it scored: {len(changed)}, "
                          f"such as {changed[0]}; run its train command again")
-    return root, photos, maps
+    return root, photos, maps, run["config"]["image_size"]
 
 
 def read_regions(photo: data.Photo, defects) -> tuple:
@@ -158,8 +158,8 @@ def localise(scored: evaluation.ScoredRun, record: dict) -> list[dict]:
     """eval.py's record of a category -> a record a map and kind of defect: `localisation` over the
     test photos of this kind and the good ones. Defects with names that LOCO lacks are one kind."""
     category, found = record["category"], []
-    root, photos, maps = tested_photos(scored, category)
-    defects, size = data.load_defects(root, category), scored.config["image_size"]
+    root, photos, maps, size = tested_photos(scored, category)
+    defects = data.load_defects(root, category)
     if any(photo.label and not photo.masks for photo in photos):
         raise InputError(f"{scored.folder}: {category} has anomalies without ground-truth masks; "
                          f"{data.MASK_NAMES}")

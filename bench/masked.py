@@ -157,5 +157,5 @@ def run_maeday(photos: Photos, steps: int | None = None) -> dict:
     """-> what bench/baselines.py keeps of MAEDAY."""
     return train_and_score(
         photos, "MAEDAY", MAEDAY, steps, lambda index: patches(photos.images(index)),
-        lambda images: patches(as_input(images, photos.device)), VISIBLE, False, MASKS,
-        PATCH ** 2, lambda maps: blurred(put_together(maps)))
+        lambda images: patches(as_input(images, photos.device)), VISIBLE, False, MASKS, PATCH ** 2,
+        lambda maps: blurred(put_together(maps)))

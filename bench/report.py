@@ -95,7 +95,7 @@ class Judged:
 
 def judge(scored: evaluation.ScoredRun, category: str) -> tuple[list[Judged], float]:
     """The category's test photos, the highest score first; the threshold."""
-    root, photos, maps = tested_photos(scored, category)
+    root, photos, maps, _ = tested_photos(scored, category)
     total, _, normals = evaluation.total_scores(scored, category)
     threshold = evaluation.threshold(total[normals])
     score = {root / path: value for path, value in zip(scored.path, total)}

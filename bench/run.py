@@ -299,8 +299,8 @@ def benchmark(args) -> int:
     text, name = report(results), re.sub(r"\W+", "-", results["device"]).strip("-").lower()
     name += ("-quick" if args.quick else "") + (f"-naive-{preset}" if args.naive else "")
     print(text)
-    (args.out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / f"{name}.md").write_text(text)
+    data.write_whole(args.out / f"{name}.json", (json.dumps(results, indent=1) + "\n").encode())
+    data.write_whole(args.out / f"{name}.md", text.encode())
     return 0
 
 

@@ -140,6 +140,18 @@ def test_photos_in_a_folder_that_may_not_be_read_are_not_passed_over(tmp_path):
     assert done.stdout.count("cannot be read") == 1
 
 
+def test_a_linked_photo_that_may_not_be_read_costs_itself_only(tmp_path):
+    for name in ("in/a.png", "closed/b.png"):
+        picture(tmp_path / name)
+    (tmp_path / "in/link.png").symlink_to(tmp_path / "closed/b.png")
+    for given in ("Path('in')", "Path('in/a.png'), Path('in/link.png')"):
+        images = f"data.load_images(data.find_images([{given}]), 8)"
+        find = f"__import__('os').chdir({str(tmp_path)!r}) or [str(image) for image in {images}]"
+        done = find_without_permission(tmp_path / "closed", 0o000, find)
+        assert done.returncode == 0 and "in/link.png" in done.stdout + done.stderr, done.stderr
+        assert done.stdout.count("[[[") == 1         # a.png was read
+
+
 @pytest.mark.parametrize("error, code", [
     ("MemoryError", 2), ("RuntimeError('DefaultCPUAllocator: cannot allocate memory')", 2),
     ("RuntimeError('CUDA out of memory.')", 2), ("RuntimeError('shapes')", 1),

@@ -225,12 +225,20 @@ def test_presets_commits_and_settings_are_kept_apart(tmp_path, capsys):
 
 def test_categories_of_other_settings_have_no_mean_together():
     about = {"data": "x", "rendered": True, "preset": "tiny", "commit": "abc",
-             "trained on": "each alone", "seed": 0, "root": "x"}
+             "trained on": "each alone", "seed": 0, "root": "x", "images": {}}
     records = [about | {"run": name, "category": name, "settings": {"masks": masks}}
                for name, masks in (("a", 32), ("b", 1))]
     kept, repeats = evaluation.tell_apart(records)
     assert {record["preset"] for record in kept} == {"tiny masks=32", "tiny masks=1"}
     assert not repeats
+
+
+def test_seeds_that_scored_other_test_photos_are_named(tmp_path, capsys):
+    for seed, good in ((0, 8), (1, 8), (2, 9)):
+        make_run(tmp_path / f"runs/{seed}", "part", seed=seed, kinds={"good": good, "bent": 5})
+    assert main(["--runs", str(tmp_path / "runs")]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/runs/2 has scored other test photos than {tmp_path}/runs/0" in line
 
 
 def test_a_repeated_seed_counts_once_and_is_named(tmp_path, capsys):
@@ -432,6 +440,8 @@ BROKEN = {
     "cut config": (edit("config.json", lambda t: t[:40]), "config.json is damaged"),
     "config without seed": (edit("config.json", lambda t: t.replace('"seed"', '"sead"')),
                             "config.json has no valid 'seed'"),
+    "config with a number as root": (edit("config.json", lambda t: '{"root": 5,' + t[1:]),
+                                     "config.json has no valid 'root'"),
     "config of another shape": (edit("config.json", lambda t: "[1]"), "config.json is damaged"),
     "empty scores": scores(lambda t: "", "0"),
     "header alone": scores(lambda t: t.split("\n")[0] + "\n", "1 (cut off)"),

@@ -109,6 +109,8 @@ def test_ground_truth_is_not_judged(tmp_path, capsys):
     for path in photos + masks:
         picture(path)
     assert set(data.find_images([tmp_path])) == set(photos)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}: ground-truth masks, passed over: 4, such as {tmp_path}/")
     folders = [mask.parent for mask in masks]
     assert data.find_images(folders) == masks and data.find_images(masks) == masks
     assert capsys.readouterr().err == ""
@@ -198,3 +200,15 @@ def test_a_table_keeps_the_bytes_of_a_name(tmp_path):
     name = os.fsdecode(b"\xff.png")
     predict.write_table(tmp_path / "t.csv", [{"path": name, "verdict": "good"}])
     assert os.fsencode(name) in (tmp_path / "t.csv").read_bytes()
+
+
+def test_a_photo_that_cannot_be_read_does_not_stop_the_search_for_repeats(tmp_path):
+    """Folders stand for photos: they have a size, and reading one fails, for root, too."""
+    photos = [data.Photo(tmp_path / name, "w", split)
+              for name, split in zip("abcd", ("test", "test", "test", "train"))]
+    for photo in photos[:2]:
+        photo.path.mkdir()
+    for photo in photos[2:]:
+        photo.path.write_bytes(bytes(photos[0].path.stat().st_size))
+    [line] = data.same(photos)
+    assert str(photos[2].path) in line and str(photos[3].path) in line

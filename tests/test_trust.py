@@ -9,13 +9,16 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (TRAIN, checkpoint, command, errors_of, fork_commands, learned_the_same,
                       new_run, one_error, trains)
 
 import data
+import eval as evaluation
 import ladmim
+import predict
 import runs
 from data import InputError
 
@@ -208,3 +211,36 @@ def test_a_run_to_take_over_is_looked_at_before_all_else(trained, photos):
     trains("--take", "x", "--out", "other", cwd=photos)
     shutil.rmtree(photos / "x")                      # a run that has begun needs it no more
     trains("--take", "x", "--out", "other", cwd=photos)
+
+
+def test_scores_of_a_run_whose_checkpoint_is_gone_are_not_those_of_the_next(tmp_path):
+    """Another training in the same folder would pass for them until it ends."""
+    run = new_run(tmp_path, hvq_epochs=1)
+    (run.folder / "scores.csv").write_text("old")
+    run.save(stage="done")
+    run.lock.close()
+    run = new_run(tmp_path, hvq_epochs=1)
+    assert (run.folder / "scores.csv").read_text() == "old"      # a finished run keeps them
+    run.lock.close()
+    (run.folder / "checkpoint.pt").unlink()
+    new_run(tmp_path, hvq_epochs=500).lock.close()
+    assert not (run.folder / "scores.csv").exists()
+
+
+@pytest.mark.parametrize("more", [0, 4e-5, -4e-5])
+def test_a_verdict_agrees_with_the_numbers_beside_it(more):
+    """The threshold may be this photo's own score, read back from scores.csv."""
+    found = [[1.0], [2.0], [3.00001], [None]]
+    batch = [("a.png", "a", np.zeros(1))]
+    (*_, record), = predict.judged(lambda images: found, batch, 3.00001 + more)
+    assert record["verdict"] == ("good" if record["score"] <= record["threshold"] else "anomaly")
+    assert (record["verdict"] == "anomaly") == (record["threshold"] < 3)
+
+
+def test_a_report_whose_folder_may_not_be_written_is_named(tmp_path, monkeypatch):
+    file = tmp_path / "table.csv"
+    evaluation.write_report(file, None, "x")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)       # root may write
+    with pytest.raises(InputError, match=f"{file}: its folder may not be written to"):
+        evaluation.write_report(file, None, "x")
+    assert not list(tmp_path.iterdir())
