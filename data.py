@@ -30,7 +30,7 @@ REPORTED = Path(__file__).resolve().parent / "bench" / "reported_results.json"
 # Files
 
 def write_whole(path: Path, content: bytes,
-                remedy="free some space or permit it, and run the same command again"):
+                remedy="free some space or allow writing there, then run the command again"):
     """Written beside, flushed, renamed: a kill or a full disk leaves the last good file. If several
     processes write it at once, each writes a whole file."""
     beside = path.with_name(f".{os.urandom(8).hex()}.new")
