@@ -262,7 +262,7 @@ def load_file(path: Path, name: str):
     except MemoryError:
         raise
     except Exception:                    # torch.load raises another class for each kind of damage
-        raise InputError(f"{name}: not a file of PyTorch weights, or truncated; restore it") from None
+        raise InputError(f"{name}: not PyTorch weights, or truncated; restore it") from None
 
 
 def load_checkpoint(path: Path) -> dict:
