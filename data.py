@@ -246,11 +246,11 @@ def find_images(given: list[Path]) -> list[Path]:
     for path in given:
         with readable():
             files = list(walk(path)) if os.path.isdir(path) else [path]
-            taken = sorted(f for f in files if f == path or os.path.isdir(f) or is_image(f))
+            taken = [f for f in files if f == path or os.path.isdir(f) or is_image(f)]
             masks = [file for file in taken if is_mask(file, path)]
         warn(passed_over(path, files, taken))
         if masks:
-            tell(f"{path}: ground-truth masks, passed over: {len(masks)}, such as {masks[0]}")
+            tell(f"{path}: ground-truth masks, passed over: {len(masks)}, such as {min(masks)}")
         if len(masks) == len(taken):
             raise InputError(f"{path}: no images in this folder or below it")
         images += sorted({*taken} - {*masks})
@@ -381,17 +381,15 @@ def missing_masks(photos: list[Photo]) -> list[str]:
 def same(photos: list[Photo]) -> list[str]:
     """Byte-identical photos in two splits, or of two kinds in one. Only files that share their size
     with another are read."""
-    same_size, firsts, pairs = {}, {}, []
-    for photo in photos:
-        with readable():
-            same_size.setdefault(photo.path.stat().st_size, []).append(photo)
-    for group in same_size.values():
-        for photo in group if len(group) > 1 else ():
-            with suppress(OSError):                  # named where features are computed
-                digest = hashlib.blake2b(photo.path.read_bytes()).digest()
-                first = firsts.setdefault(digest, photo)
-                if (first.split, first.kind) != (photo.split, photo.kind):
-                    pairs.append((first, photo))
+    with readable():
+        sizes = [photo.path.stat().st_size for photo in photos]
+    count, firsts, pairs = Counter(sizes), {}, []
+    for photo in (photo for photo, size in zip(photos, sizes) if count[size] > 1):
+        with suppress(OSError):                      # named where features are computed
+            digest = hashlib.blake2b(photo.path.read_bytes()).digest()
+            first = firsts.setdefault(digest, photo)
+            if (first.split, first.kind) != (photo.split, photo.kind):
+                pairs.append((first, photo))
     if not pairs:
         return []
     first = " and ".join(f"{photo.path} ({photo.split})" for photo in pairs[0])

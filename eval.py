@@ -277,7 +277,7 @@ def grouped(records: list[dict], *keys: str) -> dict[tuple, list[dict]]:
 
 def tell_apart(records: list[dict]) -> tuple[list[dict], list[str]]:
     """Keeps ablations from passing for seeds: settings that differ between runs of one preset and
-    commit join its name, as folders a data set's. -> records without repeats, lines on those."""
+    commit join its name, as folders a data set's. -> records without repeats, warnings."""
     for members in grouped(records, "data", "rendered").values():
         roots = {record["root"] for record in members if os.path.isdir(record["root"])}
         for record in members if len(roots) > 1 else ():

@@ -124,8 +124,9 @@ def curve_table(records: list[dict], most: int = 8) -> list[tuple]:
         for at in sorted({round(i) for i in np.linspace(0, len(curve) - 1, most)} if curve else ()):
             figures = curve[at]["aurocs"][record["category"]]
             rows.append([record["system"], record["category"], str(record["seed"]),
-                         f"{curve[at]['step']:,}", f"{curve[at]['loss']:.4g}", *(evaluation.Spread(
-                             figures[c]) if c in figures else None for c in first["columns"])])
+                         f"{curve[at]['step']:,}", f"{curve[at]['loss']:.4g}",
+                         *(evaluation.Spread(figures[c]) if c in figures else None
+                           for c in first["columns"])])
     title = f"{evaluation.data_title(first)}, {first['trained on']}: AUROC % over the steps"
     header = ["system", "category", "seed", "step", "validation loss", *first["columns"]]
     return [(title, header, rows)] if rows else []

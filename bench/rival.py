@@ -47,8 +47,9 @@ class Photos:
     def look(self, photos: list, grid: int):
         """-> their features at grid x grid tokens, standardised over the training photos; the
         photos that can be read; the fingerprint of those to train on."""
-        seen, left, rows, fingerprint = backbone.find_features(photos, self.ladmim.pdn, self.size,
-            grid, False, self.device, self.cache, self.ladmim.white, self.ladmim.cfg.precision)
+        seen, left, rows, fingerprint = backbone.find_features(
+            photos, self.ladmim.pdn, self.size, grid, False, self.device, self.cache,
+            self.ladmim.white, self.ladmim.cfg.precision)
         train = torch.tensor([photo.split == "train" for photo in left])
         moments = backbone.channel_statistics(seen, rows[train])
         return backbone.Features(seen, *moments, self.device, rows), left, fingerprint
