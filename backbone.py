@@ -351,9 +351,7 @@ def load_data_set(job: Job):
     if job.cache.is_file():
         raise InputError(f"--cache {job.cache}: is a file; name a folder")
     pdn, description = load_pdn(cfg.pdn, job.seed)
-    photos = []
-    for name in job.names:
-        photos += data.find_photos(root, name, job.seed)
+    photos = [photo for name in job.names for photo in data.find_photos(root, name, job.seed)]
     photos.sort(key=lambda photo: data.SPLITS.index(photo.split))
     data.check_test_split(photos)
     note = " (RENDERED, not photographs)" if job.config()["rendered"] else ""

@@ -191,9 +191,9 @@ def list_categories(root: Path) -> list[str]:
     return names
 
 
-def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
+def find_data(folder: str | None, category: str, several=False) -> tuple[Path, list[str]]:
     """The folder that holds the category folders, and the categories asked for: a name, a comma
-    list or "all". Draws the twin where there is no data."""
+    list or "all"; at least two where several are needed. Draws the twin where there is no data."""
     asked = sorted(set(category.split(",")))
     root = Path("data/mvtec_loco_anomaly_detection" if folder is None else folder)
     there = [name for name in asked if (root if name == "all" else root / name).is_dir()]
@@ -211,7 +211,13 @@ def find_data(folder: str | None, category: str) -> tuple[Path, list[str]]:
                     if not (root / name).is_dir():
                         raise InputError(f"{error}; if the photos are yours, name the folder above "
                                          "theirs with --data") from None
-    return root, list_categories(root) if asked == ["all"] else asked
+    names = list_categories(root) if asked == ["all"] else asked
+    for path in visible_folders(root) if asked == ["all"] else ():
+        if path.name not in names and (path / "test").is_dir():
+            warn([f"{path}: has a folder test, but no folder train, and is left out"])
+    if several and len(names) < 2:
+        raise InputError(f"--category {category}: name several for multi, --multi or --together")
+    return root, names
 
 
 def find_photos(root: Path, category: str, seed: int) -> list[Photo]:

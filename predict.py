@@ -113,11 +113,10 @@ def predict(detector, args) -> int:
     finally:                                         # Ctrl-C keeps what is done
         if args.csv and records:
             write_table(args.csv, records)
-    bad = sum(record["verdict"] == "unreadable" for record in records)
-    flagged = sum(record["verdict"] == "anomaly" for record in records)
-    if len(records) > 1:
-        data.tell(f"{flagged} of {len(records)} photos flagged, {bad} unreadable; threshold "
-                  f"{threshold:.2f}: {meaning}")
+    found = [record["verdict"] for record in records]
+    if len(found) > 1:
+        data.tell(f"{found.count('anomaly')} of {len(found)} photos flagged, "
+                  f"{found.count('unreadable')} unreadable; threshold {threshold:.2f}: {meaning}")
     return int(any("error" in record for record in records))
 
 

@@ -83,7 +83,7 @@ def train_row(job: runs.Job, ordinary: Path, settings: dict) -> Path:
 
 def ablate(name: str, args) -> dict:
     """-> {row: [`eval.evaluate`'s records]} of one ablation."""
-    root, categories = data.find_data(args.data, args.category)
+    root, categories = data.find_data(args.data, args.category, args.together or name == "multi")
     usual, device = ladmim.Config(**ladmim.PRESETS[args.preset]), runs.pick_device(None)
     rows, whole = defaultdict(list), "all" if args.category == "all" else ",".join(categories)
     ordinary = {}                                    # (seed, categories) -> the run

@@ -212,9 +212,7 @@ def parse(argv):
 def trained_runs(args) -> list[Path]:
     """The runs of LADMIM that --category asks for, trained where they are missing."""
     evaluation.write_report(args.file or args.runs / "baselines.json", None, evaluation.MADE_BY)
-    root, categories = data.find_data(args.data, args.category)
-    if args.multi and len(categories) < 2:
-        raise data.InputError(f"--multi: --category {args.category} is one category; name several")
+    root, categories = data.find_data(args.data, args.category, several=args.multi)
     whole = {"all" if args.category == "all" else ",".join(categories): categories}
     groups = {one: [one] for one in categories} | (whole if args.multi else {})
     cfg, device = ladmim.Config(**ladmim.PRESETS[args.preset]), runs.pick_device(None)

@@ -3,6 +3,7 @@
 With a GPU the Triton kernels are measured, without one the torch paths. --naive instead times
 training and scoring the long way (bench/naive.py) against ours. Prints Markdown tables and writes
 them, and the numbers as JSON, to bench/results/."""
+import itertools
 import json
 import math
 import os
@@ -64,12 +65,9 @@ def peak_memory(function, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
-    now = top = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            top = max(top, now)
-    return top
+    events = profile.profiler.kineto_results.events()
+    return max(itertools.accumulate((event.nbytes() for event in events
+                                     if event.name() == "[memory]"), initial=0))
 
 
 def measure(functions: dict, device: str, seconds: float) -> dict:
@@ -92,12 +90,9 @@ def measure(functions: dict, device: str, seconds: float) -> dict:
         if len(times[turn[0]]) == 5:
             enough = 10 * min(map(statistics.median, times.values()))
             turn = [name for name in turn if statistics.median(times[name]) < enough]
-    result = {}
-    for name, t in times.items():
-        t.sort()
-        result[name] = {"median": statistics.median(t), "low": t[len(t) // 10],
-                        "high": t[len(t) * 9 // 10], "runs": len(t), "MiB": memory[name] / 2**20}
-    return result
+    return {name: {"median": statistics.median(t), "low": sorted(t)[len(t) // 10], "runs": len(t),
+                   "high": sorted(t)[len(t) * 9 // 10], "MiB": memory[name] / 2**20}
+            for name, t in times.items()}
 
 
 def roofline(device: str, seconds: float) -> dict:

@@ -300,7 +300,7 @@ def test_own_folder(tmp_path):
     assert order == sorted(order)
 
 
-def test_wrong_folders_are_refused_with_the_remedy(tmp_path):
+def test_wrong_folders_are_refused_with_the_remedy(tmp_path, capsys):
     def finding(category, root=tmp_path):
         return lambda: data.find_photos(root, category, 0)
 
@@ -310,7 +310,12 @@ def test_wrong_folders_are_refused_with_the_remedy(tmp_path):
     loco(tmp_path, "juice_bottle")
     loco(tmp_path, "pushpins")
     (tmp_path / ".pushpins-tmp/train").mkdir(parents=True)
-    assert data.list_categories(tmp_path) == ["juice_bottle", "pushpins"]
+    (tmp_path / "Upper/Train").mkdir(parents=True)
+    (tmp_path / "Upper/test").mkdir()
+    (tmp_path / "notes").mkdir()
+    assert data.find_data(str(tmp_path), "all") == (tmp_path, ["juice_bottle", "pushpins"])
+    assert capsys.readouterr().err == (f"warning: {tmp_path}/Upper: has a folder test, but no "
+                                       "folder train, and is left out\n")
     refused(finding("juice_botle"), "--category juice_botle", "found: juice_bottle, pushpins")
     pushpins = tmp_path / "pushpins"
     for category in ("", ".", "..", "juice_bottle/train", str(pushpins), "a\0b", "x" * 300):

@@ -342,6 +342,12 @@ def test_a_loss_that_explodes_is_one_line_and_the_last_good_step_is_kept(corpus,
     assert all(value.isfinite().all() for value in student.values())
 
 
+def test_a_loss_that_explodes_in_a_short_decay_writes_no_weights(corpus, tmp_path, capsys):
+    out = tmp_path / "w.pt"
+    code, _, err = command(capsys, *small(corpus, out, "--steps", 0, "--decay", 6, "--lr", "1e9"))
+    assert code == 2 and "--lr" in err.splitlines()[-1] and not out.exists()
+
+
 def test_mistakes_are_one_line(corpus, tmp_path, capsys):
     (tmp_path / "few").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "few" / "a.png")

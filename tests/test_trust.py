@@ -211,6 +211,16 @@ def test_a_run_to_take_over_is_looked_at_before_all_else(trained, photos):
     trains("--take", "x", "--out", "other", cwd=photos)
     shutil.rmtree(photos / "x")                      # a run that has begun needs it no more
     trains("--take", "x", "--out", "other", cwd=photos)
+    (photos / "moved").mkdir()
+    (photos / "other").rename(photos / "moved/other")        # with what lay beside it
+    trains("--take", "moved/x", "--out", "moved/other", cwd=photos)
+    trains("--seed", "1", "--out", "alone", cwd=photos)
+    before = (photos / "alone/checkpoint.pt").read_bytes()
+    for out, take, seed in (("alone", "nowhere", 1), ("alone", "alone", 1),
+                            ("moved/other", "y", 0)):
+        result = command(*TRAIN, "--seed", seed, "--take", take, "--out", out, cwd=photos)
+        assert f"--take {take}: the run in {out} was not begun with it" in one_error(result)
+    assert (photos / "alone/checkpoint.pt").read_bytes() == before
 
 
 def test_scores_of_a_run_whose_checkpoint_is_gone_are_not_those_of_the_next(tmp_path):

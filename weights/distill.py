@@ -251,7 +251,7 @@ def distill(args) -> int:
         loss = F.mse_loss(guess.float(), truth)
         due = time.monotonic() - saved > runs.SAVE_EVERY
         save = step == args.steps or (due and step < args.steps)
-        if step % 20 == 0 or save:                   # a look at the loss waits for the GPU
+        if step % 20 == 0 or save or step + 1 == last:       # a look at the loss waits for the GPU
             now = float(loss.detach())
             running = now if running is None else 0.9 * running + 0.1 * now
             if not math.isfinite(running):
