@@ -331,10 +331,8 @@ def spread(records: list[dict], part: str, name: str) -> Spread | None:
     categories don't share their seeds: it would mix the two. None where a record lacks it."""
     if not records or any(name not in record[part] for record in records):
         return None
-    by_category = {}                    # category -> {seed: figure}
-    for record in records:
-        by_category.setdefault(record["category"], {})[record["seed"]] = record[part][name]
-    each = list(by_category.values())
+    each = [{record["seed"]: record[part][name] for record in members}       # of each category
+            for members in grouped(records, "category").values()]
     if any(figures.keys() != each[0].keys() for figures in each):
         return Spread(float(np.mean([np.mean(list(figures.values())) for figures in each])))
     per_seed = [np.mean([figures[seed] for figures in each]) for seed in each[0]]
