@@ -166,14 +166,11 @@ def read_maps(scored: ScoredRun) -> dict[str, dict[str, np.ndarray]]:
 def write_scores(folder: Path, root: Path, rows: list, maps: np.ndarray):
     """Writes scores.csv and maps.npz. rows: n of (photo, [s_hvq, s_mim, score]); maps (n, 2, g, g)
     their structural and logical maps. root: the folder that holds the category folders."""
-    lines, paths = [HEADER], []
-    for photo, scores in rows:
-        paths.append(photo.path.relative_to(root).as_posix())
-        lines.append([paths[-1], photo.split, photo.kind, photo.label,
-                      *(f"{score:.9g}" for score in scores)])
+    lines = [[photo.path.relative_to(root).as_posix(), photo.split, photo.kind, photo.label,
+              *(f"{score:.9g}" for score in scores)] for photo, scores in rows]
     table, arrays = io.StringIO(newline=""), io.BytesIO()
-    csv.writer(table).writerows(lines)
-    np.savez_compressed(arrays, path=np.array(paths), maps=maps)
+    csv.writer(table).writerows([HEADER, *lines])
+    np.savez_compressed(arrays, path=np.array([path for path, *_ in lines]), maps=maps)
     data.write_whole(folder / "maps.npz", arrays.getvalue())
     data.write_whole(folder / "scores.csv", table.getvalue().encode("utf-8", "surrogateescape"))
 
