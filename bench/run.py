@@ -143,11 +143,7 @@ def nearest_rows(device: str, shape: tuple, seconds: float, ceiling: dict) -> li
 def histogram_calls(variant, logits, codes, mask) -> dict:
     kept = variant(logits, codes, mask).sum()
 
-    def forward():
-        with torch.no_grad():
-            return variant(logits, codes, mask)
-
-    return {"forward": forward,
+    return {"forward": torch.no_grad()(lambda: variant(logits, codes, mask)),
             "backward": lambda: torch.autograd.grad(kept, logits, retain_graph=True),
             "both": lambda: torch.autograd.grad(variant(logits, codes, mask).sum(), logits)}
 
