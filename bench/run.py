@@ -167,11 +167,6 @@ def histogram_rows(device: str, batch: tuple, seconds: float, ceiling: dict) -> 
 
 # Whole steps
 
-PLAIN = {"histogram_l1": histogram_l1_reference,     # stand in the kernels' places
-         "nearest_own_code": lambda x, codebooks, own:
-             plain_nearest(x.flatten(0, 1), codebooks[0]).view(x.shape[:2])}
-
-
 def step_rows(steps: dict, detector, device: str, seconds: float) -> list:
     """steps: step -> {way: (images, function)}, one of the ways "ours". -> a row a way, with the
     time of an image, also as a multiple of ours."""
@@ -196,7 +191,9 @@ def kernel_steps(detector, device: str) -> dict:
     steps = {"train HVQ-Trans": (cfg.hvq_batch, naive.step(hvq, for_hvq)),
              "train ViT": (cfg.mim_batch, naive.step(mim, for_mim)),
              "score": (8, lambda: ladmim.errors(hvq, mim, cfg, h0[:8], detector.masks))}
-    in_place = patch.multiple(ladmim, **PLAIN)
+    in_place = patch.multiple(                       # of the kernels
+        ladmim, histogram_l1=histogram_l1_reference, nearest_own_code=lambda x, codebooks, own:
+            plain_nearest(x.flatten(0, 1), codebooks[0]).view(x.shape[:2]))
     return {name: {"plain torch": (images, in_place(step)), "ours": (images, step)}
             for name, (images, step) in steps.items()}
 
