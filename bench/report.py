@@ -116,7 +116,7 @@ def card(photo: Judged, rank: int, detector: ladmim.Detector) -> str:
                   photo.flagged != bool(photo.label), three=True)
 
 
-def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
+def mistake(detector: ladmim.Detector, photo: Judged, threshold: float) -> str:
     """The paper's Figure 5: photo, heat map, the mask of the largest error, its histograms."""
     cfg, masks, small = detector.cfg, detector.masks, photo.thumbnail(detector.white)
     image = data.load_image(photo.path, cfg.image_size, detector.white)
@@ -137,7 +137,9 @@ def mistake(detector: ladmim.Detector, photo: Judged, caption: str) -> str:
         q = [np.bincount(level[mask], minlength=cfg.codes) for level in codes[0].numpy()]
         plot = histogram_plot(p, np.array(q) / mask.sum())
         pictures.append(picture(plot, "histograms", "png"))
-    return figure(pictures, caption)
+    words = "missed" if photo.label else "false alarm"
+    return figure(pictures, f"{words}: {photo.name}, score {photo.score:.2f} against "
+                  f"{threshold:.2f}")
 
 
 @torch.inference_mode()
@@ -147,11 +149,8 @@ def category_section(scored: evaluation.ScoredRun, category: str) -> str:
     missed = [photo for photo in reversed(judged) if photo.label and not photo.flagged]
     alarms = [photo for photo in judged if photo.flagged and not photo.label]
     bad = sum(photo.label for photo in judged)
-    detector, mistakes = ladmim.load_detector(scored.folder, category, runs.pick_device("cpu")), []
-    for words, photos in (("missed", missed[:3]), ("false alarm", alarms[:3])):
-        for photo in photos:
-            caption = f"{words}: {photo.name}, score {photo.score:.2f} against {threshold:.2f}"
-            mistakes.append(mistake(detector, photo, caption))
+    detector = ladmim.load_detector(scored.folder, category, runs.pick_device("cpu"))
+    mistakes = [mistake(detector, photo, threshold) for photo in missed[:3] + alarms[:3]]
     cards = [card(photo, rank, detector) for rank, photo in enumerate(judged, 1)]
     return (f"<p>At the threshold {threshold:.2f}, {len(alarms)} of {len(judged) - bad} good "
             f"photos are flagged, {len(missed)} of {bad} anomalies missed.</p>"
