@@ -280,8 +280,7 @@ def tell_apart(records: list[dict]) -> tuple[list[dict], list[str]]:
         for record in members if len(roots) > 1 else ():
             record["data"] += f" in {os.path.dirname(record['root'])}"
     for members in grouped(records, "data", "rendered", *GROUP).values():
-        keys = set().union(*(record["settings"] for record in members))
-        for key in sorted(keys):
+        for key in sorted(set().union(*(record["settings"] for record in members))):
             values = [record["settings"].get(key) for record in members]
             if len(set(map(repr, values))) > 1:
                 for record, value in zip(members, values):
