@@ -70,8 +70,7 @@ def train(job: runs.Job) -> Path:
 def train_row(job: runs.Job, ordinary: Path, settings: dict) -> Path:
     """-> the run with job's settings, changed by `settings`. ordinary: job's own run. Models that
     do not change are taken from it; if nothing changes, it is returned."""
-    usual = vars(job.cfg)
-    settings = {name: value for name, value in settings.items() if usual[name] != value}
+    settings = {name: value for name, value in settings.items() if getattr(job.cfg, name) != value}
     if not settings:
         return ordinary
     row = ",".join(f"{name}={value}" for name, value in settings.items())
