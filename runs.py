@@ -235,12 +235,11 @@ def joined(device: torch.device):
             "MASTER_PORT"} <= os.environ.keys():
         raise InputError("WORLD_SIZE is set, but not by torchrun: start several processes with it, "
                          "or unset WORLD_SIZE")
-    local = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda":
         if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
             raise InputError(f"--nproc-per-node: this machine has {torch.cuda.device_count()} "
                              "GPUs; start at most as many")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                             timeout=timedelta(days=1))       # the others wait for features
     out, err = sys.stdout, sys.stderr
