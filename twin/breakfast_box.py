@@ -103,8 +103,7 @@ def spoil(scene, fault, bowl, floor, granola, skins):
         skin = skins[rng.integers(len(skins))]
         patch(scene, skin, 0.03, 0.055, (0.25, 0.13, 0.06), (0.6, 0.95), scale=5, bulge=-0.4)
     elif fault == "stain":
-        bare = minus(bowl, *skins)
-        patch(scene, bare, 0.03, 0.06, (0.45, 0.25, 0.10), (0.35, 0.8), 1.5, scale=6)
+        patch(scene, minus(bowl, *skins), 0.03, 0.06, (0.45, 0.25, 0.10), (0.35, 0.8), 1.5, scale=6)
     elif fault == "foreign_body":
         colour, centre = BODIES[rng.integers(4)], somewhere(scene, floor)
         length, width = rng.uniform(0.06, 0.12), rng.uniform(0.025, 0.05)
@@ -145,8 +144,7 @@ def fruit_side(scene, fault):
 def paint(scene, fault=None):
     """Draws the box: a good one, or one with a fault of LOGICAL or STRUCTURAL."""
     rng, side = scene.rng, scene.side
-    if fault == "sides_swapped":     # x becomes 1 - x
-        scene.mirrored = True
+    scene.mirrored = fault == "sides_swapped"        # x becomes 1 - x
     background(scene, (0.12, 0.12, 0.15))
     bowl, room = tray(scene)
     fruits = fruit_side(scene, fault)

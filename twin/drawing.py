@@ -120,8 +120,7 @@ def noise(rng, height, width, scale):
 
 def background(scene, colour):
     """Fills the photo with one colour, three values, 0 to 1."""
-    planes = np.reshape(colour, (3, 1, 1))
-    scene.photo = np.full((3, scene.side, scene.side), planes, np.float32)
+    scene.photo = np.full((3, scene.side, scene.side), np.reshape(colour, (3, 1, 1)), np.float32)
 
 
 def stamp(scene, shape, colour, grain=0.0, scale=4.0, bulge=0.0, gloss=0.0, shadow=0.0, alpha=1.0):
@@ -163,8 +162,7 @@ def stamp(scene, shape, colour, grain=0.0, scale=4.0, bulge=0.0, gloss=0.0, shad
 def patch(scene, area, smallest, largest, colour, opacity=(1, 1), blur=2.0, **texture):
     """Paints dirt or damage at a random place in an area: the fault's region."""
     shape = common(blob(scene, somewhere(scene, area), smallest, largest), area)
-    alpha = scene.rng.uniform(*opacity)
-    stamp(scene, soft(shape, blur), colour, 0.2, alpha=alpha, **texture)
+    stamp(scene, soft(shape, blur), colour, 0.2, alpha=scene.rng.uniform(*opacity), **texture)
     scene.regions = [shape]
 
 
