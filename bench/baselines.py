@@ -74,18 +74,17 @@ def with_hvq(photos: Photos, scores) -> dict[str, dict]:
 
 def compare(folder: Path, ours: list[dict], args) -> list[dict]:
     """LADMIM and rivals: a record for each system and category. ours: LADMIM's, of `evaluate`."""
-    held = runs.lock(folder / "rivals", "wait until it ends")    # a second would train the same
-    photos = Photos(evaluation.read_run(folder), args.cache, args.precision)
-    costs = keep(photos, "ladmim", ladmim_costs, None)
-    found = [("LADMIM", {record["category"]: record["both"] for record in ours}, costs)]
-    for name in args.methods:
-        kept = keep(photos, name, METHODS[name], args.steps)
-        for system, scores in kept["scores"].items():
-            found.append((system, photos.aurocs(scores), kept))
-            kept = {**kept, "curve": None}           # EfficientAD's is PUAD's, too: shown once
-            if name in ("smae", "maeday"):
-                found.append((f"{system} + HVQ", with_hvq(photos, scores), {}))
-    held.close()
+    with runs.lock(folder / "rivals", "wait until it ends"):     # a second would train the same
+        photos = Photos(evaluation.read_run(folder), args.cache, args.precision)
+        costs = keep(photos, "ladmim", ladmim_costs, None)
+        found = [("LADMIM", {record["category"]: record["both"] for record in ours}, costs)]
+        for name in args.methods:
+            kept = keep(photos, name, METHODS[name], args.steps)
+            for system, scores in kept["scores"].items():
+                found.append((system, photos.aurocs(scores), kept))
+                kept = {**kept, "curve": None}       # EfficientAD's is PUAD's, too: shown once
+                if name in ("smae", "maeday"):
+                    found.append((f"{system} + HVQ", with_hvq(photos, scores), {}))
     keys = ("category", "seed", "columns", "rendered", "data", *evaluation.GROUP)
     return [{"system": system, "both": figures[record["category"]], "precision": args.precision,
              **{key: costs.get(key) for key in COSTS}, **{key: record[key] for key in keys}}

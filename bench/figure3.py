@@ -39,15 +39,14 @@ def points(args) -> tuple[dict[str, list[tuple[float, float]]], str]:
         size = rival.ladmim_megabytes(detector)
         ours.append((size, mean_auroc([record["both"] for record in records])))
     ordinary = Path(rows["1 times the preset's mim_width"][0]["run"])
-    lock = runs.lock(ordinary / "rivals", "wait until it ends")
-    photos = rival.Photos(evaluation.read_run(ordinary), args.cache)
-    for width in WIDTHS:
-        name = "efficientad" if width == 1 else f"efficientad-{width:g}"
-        kept = baselines.keep(photos, name, lambda photos, steps:
-                              efficientad.run(photos, steps, width, name), args.steps)
-        figures = photos.aurocs(kept["scores"]["EfficientAD-S"])
-        theirs.append((kept["megabytes"], mean_auroc(list(figures.values()))))
-    lock.close()
+    with runs.lock(ordinary / "rivals", "wait until it ends"):
+        photos = rival.Photos(evaluation.read_run(ordinary), args.cache)
+        for width in WIDTHS:
+            name = "efficientad" if width == 1 else f"efficientad-{width:g}"
+            kept = baselines.keep(photos, name, lambda photos, steps:
+                                  efficientad.run(photos, steps, width, name), args.steps)
+            figures = photos.aurocs(kept["scores"]["EfficientAD-S"])
+            theirs.append((kept["megabytes"], mean_auroc(list(figures.values()))))
     return {"LADMIM": ours, "EfficientAD-S": theirs}, evaluation.data_title(records[0])
 
 
