@@ -7,7 +7,6 @@ The package's layers up to `mixed5` are marked not trainable: they are ImageNet'
 `distill.py --teacher` takes; its maps are `mixed2` (stride 8) and `mixed5` (stride 16) of the photo
 enlarged by 299 / 224, the size that the network was trained on."""
 import base64
-import io
 import json
 import math
 import re
@@ -153,9 +152,7 @@ def convert(argv) -> int:
         traced = torch.jit.trace(graph, torch.rand(1, 3, 299, 299))
         # Freezing folds each batch norm into the convolution before it.
         teacher = torch.jit.freeze(torch.jit.script(Teacher(traced, geometry, ZOOM).eval()))
-    content = io.BytesIO()
-    torch.jit.save(teacher, content)
-    data.write_whole(args.out, content.getvalue(), "name another file with --out")
+    data.write_whole(args.out, teacher.save_to_buffer(), "name another file with --out")
     for name, (stride, centre) in zip(MAPS, geometry):
         data.say(f"{name}: stride {stride:g}, position 0 centred on pixel {centre}")
     return 0
