@@ -45,7 +45,6 @@ def _why_not(device: torch.device) -> str:
         old = torch.cuda.get_device_capability(device) < (8, 0)
         return "the GPU is older than compute capability 8.0" if old else ""
     # Triton's interpreter, slow and for tests, must be asked for before Triton is imported.
-    asked = os.environ.get("LADMIM_KERNELS") == "triton" and device.type == "cpu"
-    if asked and os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     return f"no kernel runs on {device.type} (on a CPU set TRITON_INTERPRET=1 as well, for tests)"
