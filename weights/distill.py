@@ -161,12 +161,10 @@ def explained_variance(student: nn.Module, teachers: list, target: list, held_ou
         error = error + (guess - truth).square().sum((0, 2, 3))
         total, square = total + truth.sum((0, 2, 3)), square + truth.square().sum((0, 2, 3))
     total = square - total.square() / (len(held_out) * truth[0, 0].numel())
-    sizes, lines = [matrix.shape[1] for matrix, _ in target], []
-    for number, (e, t) in enumerate(zip(error.split(sizes), total.split(sizes)), 1):
-        if len(e):
-            name = f"teacher map {number}, {len(e)} of {len(error)} channels"
-            lines.append((1 - float(e.sum() / t.sum()), name))
-    return lines
+    sizes = [matrix.shape[1] for matrix, _ in target]
+    parts = enumerate(zip(error.split(sizes), total.split(sizes)), 1)
+    return [(1 - float(e.sum() / t.sum()), f"teacher map {n}, {len(e)} of {len(error)} channels")
+            for n, (e, t) in parts if len(e)]
 
 
 def check(args):
