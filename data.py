@@ -120,9 +120,8 @@ def folder_layout(folder: Path) -> list[Photo]:
     photos = [Photo(path, category, "train") for path in images_in(train)]
     if not photos:
         raise InputError(f"{train}: no training photos; put photos of good products there")
-    for name in VALIDATION:
-        validation = images_in(good_folder(folder / name))
-        photos += [Photo(path, category, "validation") for path in validation]
+    photos += [Photo(path, category, "validation") for name in VALIDATION
+               for path in images_in(good_folder(folder / name))]
     if images_in(test):
         raise InputError(f"{test}: photos lie in it directly; move them into its folders good and "
                          "NAME_OF_DEFECT")
