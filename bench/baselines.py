@@ -143,7 +143,7 @@ def multi_table(records: list[dict]) -> list[tuple]:
                 alone, all_ = ({(r["category"], r["seed"]): r for r in same
                                 if r["trained on"] == one} for one in ("each alone", whole))
                 shared = alone.keys() & all_.keys()
-                for column in same[0]["columns"] if shared else ():
+                for column in same[0]["columns"]:
                     pair = [evaluation.spread([of[key] for key in shared], "both", column)
                             for of in (alone, all_)]
                     if None not in pair:
