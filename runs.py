@@ -81,9 +81,8 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
         raise InputError("--take: serves one run; leave --separate and further seeds out")
     jobs = [Job(cfg, preset, root, group, device, seed, called, cache=args.cache, take=args.take)
             for group in groups for seed in args.seeds]
-    for job in jobs:
-        if args.out:
-            job.out = args.out if len(jobs) == 1 else args.out / job.out.name
+    for job in jobs if args.out else ():
+        job.out = args.out if len(jobs) == 1 else args.out / job.out.name
     for job in jobs[1:]:                             # a mistake there is said before hours of work
         begun_state(job)
     for name in names if len(jobs) > 1 else ():
