@@ -348,6 +348,14 @@ def test_a_loss_that_explodes_in_a_short_decay_writes_no_weights(corpus, tmp_pat
     assert code == 2 and "--lr" in err.splitlines()[-1] and not out.exists()
 
 
+def test_a_bank_of_others_is_not_overwritten(corpus, tmp_path, capsys):
+    out, crops = tmp_path / "w.pt", tmp_path / "w.pt.bank"
+    crops.write_bytes(b"precious")
+    code, _, err = command(capsys, *small(corpus, out))
+    assert code == 2 and f"{crops}: holds no crops of this command" in err.splitlines()[-1]
+    assert crops.read_bytes() == b"precious" and not out.exists()
+
+
 def test_mistakes_are_one_line(corpus, tmp_path, capsys):
     (tmp_path / "few").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "few" / "a.png")

@@ -223,6 +223,13 @@ def test_a_run_to_take_over_is_looked_at_before_all_else(trained, photos):
     assert (photos / "alone/checkpoint.pt").read_bytes() == before
 
 
+def test_a_run_does_not_lie_among_the_photos(photos):
+    """There it would be a kind of defect without photos, and no command would go on."""
+    result = command(*TRAIN, "--out", "photos/widgets/test/run", cwd=photos)
+    assert "--out photos/widgets/test/run: lies among the photos" in one_error(result)
+    assert not (photos / "photos/widgets/test/run").exists()
+
+
 def test_scores_of_a_run_whose_checkpoint_is_gone_are_not_those_of_the_next(tmp_path):
     """Another training in the same folder would pass for them until it ends."""
     run = new_run(tmp_path, hvq_epochs=1)

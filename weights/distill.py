@@ -111,6 +111,9 @@ class Bank:
         row = np.dtype([("key", "S16"), ("number", "i8"), ("photo", "u1", (CROP, CROP, 3)),
                         ("target", "f2", (side, side, CHANNELS))])
         count = min(args.bank, FIRST + args.steps + args.decay)
+        if file.exists() and file.stat().st_size % row.itemsize:
+            raise InputError(f"{file}: holds no crops of this command; delete it or name another "
+                             "--out")
         try:
             with open(file, "ab") as opened:         # all of it now: a full disk is found here
                 os.posix_fallocate(opened.fileno(), 0, count * row.itemsize)
