@@ -84,8 +84,8 @@ def asked_jobs(args, cfg, preset: str, root: Path, names: list[str], device) -> 
     for job in jobs if args.out else ():
         job.out = args.out if len(jobs) == 1 else args.out / job.out.name
     for job in jobs:
-        for test in (root / name / "test" for name in job.names):
-            if test.resolve() in job.out.resolve().parents:
+        for test in (os.path.realpath(root / name / "test") for name in job.names):
+            if Path(test) in Path(os.path.realpath(job.out)).parents:
                 raise InputError(f"--out {job.out}: lies among the photos in {test}; name another")
     for job in jobs[1:]:                             # a mistake there is said before hours of work
         begun_state(job)
