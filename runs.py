@@ -362,7 +362,8 @@ def begun_state(job: Job) -> dict | None:
         if name not in MAY_DIFFER and held.get(name) != value:
             raise InputError(f"{job.out}: holds a run with {name} = {held.get(name)}, asked for "
                              f"{value}; choose another --out or delete the folder")
-    if job.take and state.get("taken", take := os.path.relpath(job.take, job.out)) != take:
+    take = job.take and os.path.relpath(job.take, job.out)
+    if take and state.get("taken", take) != take:
         raise InputError(f"--take {job.take}: the run in {job.out} was not begun with it; leave "
                          "the option out or choose another --out")
     return state
@@ -383,7 +384,7 @@ class Run:
         self.lock = lock(self.folder) if self.writes else None
         self.state = begun_state(job) or {
             "format": FORMAT, "config": job.config(), "stage": "", "epoch": 0, "metrics": [],
-            "taken": job.take and os.path.relpath(job.take, job.out)}
+            "taken": job.take and os.path.relpath(job.take, job.out)}    # both may be moved
         if self.writes and not self.state["stage"]:      # scores of a run that is gone
             (self.folder / "scores.csv").unlink(missing_ok=True)
         self.state["config"]["root"] = os.path.realpath(job.root)    # a data set may have moved

@@ -139,8 +139,10 @@ def run(photos: Photos, steps: int | None = None, width: float = 1, name="effici
         loss = sum(float(part[:first].mean()) for part in (local, wide, rebuilt))
         return loss, {"aurocs": photos.aurocs(scores_of(local, wide)[0].tolist())}
 
-    trained = fit(photos, name, model, PLAN, lambda batch, rng:
-                  model.loss(photos.images(batch), teacher(batch), rng), look, steps)
+    def loss(batch, rng):
+        return model.loss(photos.images(batch), teacher(batch), rng)
+
+    trained = fit(photos, name, model, PLAN, loss, look, steps)
     with torch.inference_mode():
         local, wide, vectors, _ = look_at(photos.scored)
         normals = look_at(photos.train)[2]
